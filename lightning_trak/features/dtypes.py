@@ -15,6 +15,7 @@ Dtype = DtypeName | torch.dtype
 
 NAMES: tuple[DtypeName, ...] = get_args(DtypeName)
 _QUANTIZERS: dict[str, Quantizer] = {"int8": Int8(), "int4": Int4()}
+_BYTES = 8192  # of the features of an example by default
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,14 @@ class FeatureDtype:
             return 0.0
         stored = self.decode(*self.encode(features), features.shape[1])
         return float((stored.double() - features.double()).norm())
+
+
+def default_dtype(k: int) -> FeatureDtype:
+    """How k features are stored by default: as float32 or int8 if they take at most 8 KiB then, otherwise as int4.
+
+    At 8 KiB an example, many features of few bits lose less than fewer of more bits: docs/faithfulness.md.
+    """
+    return FeatureDtype("float32" if 4 * k <= _BYTES else "int8" if k <= _BYTES else "int4")
 
 
 def feature_dtype(dtype: Dtype | FeatureDtype) -> FeatureDtype:

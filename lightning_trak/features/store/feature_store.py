@@ -253,7 +253,7 @@ class FeatureStore(StoredExtras):
     @property
     def rounds_features(self) -> bool:
         """Whether features are stored as integers."""
-        return self._dtype.quantizer is not None
+        return self.dtype.quantizer is not None
 
     def write(self, checkpoint: int, shard: int, rows: Features, engine: str = "", skipped: Sequence[int] = ()) -> None:
         """Write a complete shard: :meth:`round` and :meth:`save` in one."""
@@ -270,10 +270,10 @@ class FeatureStore(StoredExtras):
         Raises:
             ValueError: if the number of rows is not that of the shard's examples, or they do not fit the store.
         """
-        reason = misfit(rows._asdict(), len(self.shard(shard)), feature_dtype(self._dtype.floating), self._k)
+        reason = misfit(rows._asdict(), len(self.shard(shard)), feature_dtype(self.dtype.floating), self._k)
         if reason is not None:
             raise ValueError(f"shard {shard} of checkpoint {checkpoint} cannot be written: {reason}")
-        stored = StoredFeatures.encode(rows, self._dtype)
+        stored = StoredFeatures.encode(rows, self.dtype)
         self._k = stored.k
         return RoundedFeatures(stored.on_host(), stored.rounding(rows))
 
@@ -315,7 +315,7 @@ class FeatureStore(StoredExtras):
             OSError: if the file cannot be read.
         """
         tensors, metadata = self._read(checkpoint, shard)
-        return StoredFeatures.from_tensors(tensors, self._dtype, metadata["k"])
+        return StoredFeatures.from_tensors(tensors, self.dtype, metadata["k"])
 
     def _read(self, checkpoint: int, shard: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors and the header of a shard."""
@@ -324,8 +324,8 @@ class FeatureStore(StoredExtras):
             tensors, metadata = self._load(path)
             require_place(path, metadata, self.checkpoints[checkpoint], self._key_of(shard), **SHARD_HEADER)
             dtype = feature_dtype(metadata["dtype"])
-            if dtype != self._dtype:
-                raise altered(path, f"its features are {dtype.name}, not {self._dtype.name}")
+            if dtype != self.dtype:
+                raise altered(path, f"its features are {dtype.name}, not {self.dtype.name}")
             if self._k not in (None, metadata["k"]):
                 raise altered(path, f"it has {metadata['k']} features per example, but other shards have {self._k}")
             reason = misfit(tensors, len(self.shard(shard)), dtype, metadata["k"])
@@ -335,7 +335,7 @@ class FeatureStore(StoredExtras):
         return tensors, metadata
 
     @property
-    def _dtype(self) -> FeatureDtype:
+    def dtype(self) -> FeatureDtype:
         """How features are stored."""
         return feature_dtype(self._directory.manifest["identity"]["dtype"])
 

@@ -83,10 +83,11 @@ class FeatureMethod(ScoredMethod):
         self._contents = Contents(self.checkpoints)
         self.store = local_directory(store, "store")
         self.parameters = parameters
-        # At 8 KiB an example, many features of few bits lose less than fewer of more bits: docs/faithfulness.md.
-        dtype = dtype or ("int4" if projection is None else "float32")
+        if dtype is None and projection is not None:
+            dtype = "float32"
+        stored = None if dtype is None else feature_dtype(dtype)
         projection = SparseProjection() if projection is None else projection
-        self.settings = FeatureSettings(projection, engine, seed, feature_dtype(dtype), audit)
+        self.settings = FeatureSettings(projection, engine, seed, stored, audit)
         self._train: Data | None = None  # what featurize got last
 
     @property
