@@ -55,18 +55,13 @@ class FeatureSettings:
         for name in ("seed", "audit"):  # one of NumPy's integers could not be written to the manifest
             object.__setattr__(self, name, integer(name, getattr(self, name)))
 
-    @property
-    def floating(self) -> torch.dtype:
-        """The dtype of features before they are stored."""
-        return torch.float32 if self.dtype is None else self.dtype.floating
-
     def dim(self, shapes: Mapping[str, Sequence[int]]) -> int:
         """The number of features of gradients with these shapes, by name."""
         return self.projection.bind(shapes, self.seed, checkpoint=0, device=torch.device("cpu")).dim
 
-    def stored_dtype(self, shapes: Mapping[str, Sequence[int]]) -> FeatureDtype:
-        """How the features of gradients with these shapes are stored."""
-        return self.dtype or default_dtype(self.dim(shapes))
+    def stored_dtype(self, k: int) -> FeatureDtype:
+        """How k features are stored."""
+        return self.dtype or default_dtype(k)
 
     def draw(self, checkpoint: int, examples: range) -> list[int]:
         """Choose the examples to audit at a checkpoint. Every run chooses the same ones."""

@@ -23,15 +23,14 @@ is refused. If it is an extra, it is made again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_trak.features.dtypes import FeatureDtype, feature_dtype
-from lightning_trak.features.rows import Features, RoundedFeatures, Rounding, StoredFeatures, misfit
+from lightning_trak.features.rows import Features, StoredFeatures, misfit
 from lightning_trak.features.store.extras import StoredExtras, advice, require_place
 from lightning_trak.features.store.growth import Sample, ShardRanges, last_part, parts_with, settled_parts
 from lightning_trak.features.store.identity import describe_difference
@@ -259,7 +258,7 @@ class FeatureStore(StoredExtras):
         """Write a complete shard: :meth:`round` and :meth:`save` in one."""
         self.save(checkpoint, shard, self.round(checkpoint, shard, rows), engine, skipped)
 
-    def round(self, checkpoint: int, shard: int, rows: Features) -> RoundedFeatures:
+    def round(self, checkpoint: int, shard: int, rows: Features) -> StoredFeatures:
         """Round the rows of a shard, if the store's dtype is one of integers.
 
         Args:
@@ -275,10 +274,10 @@ class FeatureStore(StoredExtras):
             raise ValueError(f"shard {shard} of checkpoint {checkpoint} cannot be written: {reason}")
         stored = StoredFeatures.encode(rows, self.dtype)
         self._k = stored.k
-        return RoundedFeatures(stored.on_host(), stored.rounding(rows))
+        return stored.on_host()
 
     def save(
-        self, checkpoint: int, shard: int, rows: RoundedFeatures, engine: str = "", skipped: Sequence[int] = ()
+        self, checkpoint: int, shard: int, rows: StoredFeatures, engine: str = "", skipped: Sequence[int] = ()
     ) -> None:
         """Write a complete shard to its file.
 
@@ -294,7 +293,7 @@ class FeatureStore(StoredExtras):
         """
         self._directory.require_unchanged()
         path = self._shard_path(checkpoint, shard)
-        about: dict[str, Any] = {"dtype": rows.stored.dtype.name, "k": rows.stored.k, "skipped": list(skipped)}
+        about: dict[str, Any] = {"dtype": rows.dtype.name, "k": rows.k, "skipped": list(skipped)}
         place = self._about(checkpoint, path.stem, self._key_of(shard))
         save_tensors(path, rows.tensors, **place, engine=engine, **about)
 
@@ -314,11 +313,6 @@ class FeatureStore(StoredExtras):
             ValueError: if the file is truncated, altered or belongs elsewhere.
             OSError: if the file cannot be read.
         """
-        tensors, metadata = self._read(checkpoint, shard)
-        return StoredFeatures.from_tensors(tensors, self.dtype, metadata["k"])
-
-    def _read(self, checkpoint: int, shard: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors and the header of a shard."""
         path = self._shard_path(checkpoint, shard)
         with advice():
             tensors, metadata = self._load(path)
@@ -332,19 +326,12 @@ class FeatureStore(StoredExtras):
             if reason is not None:
                 raise altered(path, reason)
         self._k = metadata["k"]
-        return tensors, metadata
+        return StoredFeatures.from_tensors(tensors, dtype, metadata["k"])
 
     @property
     def dtype(self) -> FeatureDtype:
         """How features are stored."""
         return feature_dtype(self._directory.manifest["identity"]["dtype"])
-
-    def rounding(self, checkpoint: int, shards: Iterable[int]) -> Rounding | None:
-        """What rounding to integers has changed in the rows of some shards, in float64; None if floats are stored."""
-        if not self.rounds_features:
-            return None
-        found = (self._read(checkpoint, shard)[0]["rounding"].double() for shard in shards)
-        return Rounding(*sum(found, torch.zeros(2, self.read_stored(checkpoint, 0).k, dtype=torch.float64)))
 
     def engine_of(self, checkpoint: int, shard: int) -> str:
         """The engine that computed the gradients of a shard, see :meth:`write`."""
