@@ -135,7 +135,9 @@ class FeatureMethod(ScoredMethod):
         self._train = data
 
     def target_features(self, trainer: L.Trainer | None = None, data: Data | None = None) -> list[Features]:
-        """The features of targets, projected like those of the store. :meth:`score` compares the two.
+        """The features of targets, projected like those of the store, and rotated if these are integers.
+
+        Their products with those of the store are what :meth:`score` begins with.
 
         Args:
             trainer: as for :meth:`score`.
