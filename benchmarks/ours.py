@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.models import Precision, Workload
 from lightning_trak.checkpoints.reading import resolve_checkpoints
+from lightning_trak.features.dtypes import feature_dtype
 from lightning_trak.features.engines import EngineName, make_engine
 from lightning_trak.features.extractor import FeatureExtractor
 from lightning_trak.features.model import ModelCopy
@@ -48,7 +49,7 @@ def extractor_of(work: Workload, setting: Setting) -> FeatureExtractor:
     model = ModelCopy(work.model, work.output, checkpoints, digests)
     model.load(0, device)
     bound = setting.projection.bind(model.shapes, seed=0, checkpoint=0, device=device)
-    return FeatureExtractor(model, make_engine(setting.engine, model, work.autocast), bound)
+    return FeatureExtractor(model, make_engine(setting.engine, model, work.autocast), bound, feature_dtype("float32"))
 
 
 def featurizer(work: Workload, setting: Setting) -> Callable[[], Features]:

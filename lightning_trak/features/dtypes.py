@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from lightning_trak.projections.quantization import Int4, Int8, Quantized, Quantizer
+from lightning_trak.projections.rotation import rotated
 
 DtypeName = Literal["float64", "float32", "bfloat16", "float16", "int8", "int4"]
 Dtype = DtypeName | torch.dtype
 
 NAMES: tuple[DtypeName, ...] = get_args(DtypeName)
 _QUANTIZERS: dict[str, Quantizer] = {"int8": Int8(), "int4": Int4()}
+_BYTES = 8192  # of the features of an example by default
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,24 @@ class FeatureDtype:
         """The number of elements that store a row of k features."""
         return self.quantizer.columns(k) if self.quantizer else k
 
+    def prepared(self, features: Tensor) -> Tensor:
+        """Features as they are given to :meth:`encode`: rotated before they become integers, which need that.
+
+        Args:
+            features: in float32 or float64, shape ``(n, k)``.
+        """
+        return rotated(features) if self.quantizer else features
+
+    @property
+    def error(self) -> float:
+        """The norm of what rounding to integers changes in a row of features, relative to the row's; 0 for floats."""
+        return self.quantizer.error if self.quantizer else 0.0
+
     def encode(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """What is stored of features: the codes, and a scale for each row if there is a quantizer.
 
         Args:
-            features: finite numbers in :attr:`floating`, shape ``(n, k)``.
+            features: from :meth:`prepared`, finite numbers in :attr:`floating`, shape ``(n, k)``.
         """
         return self.quantizer.quantize(features) if self.quantizer else (features, None)
 
@@ -68,6 +83,14 @@ class FeatureDtype:
             return 0.0
         stored = self.decode(*self.encode(features), features.shape[1])
         return float((stored.double() - features.double()).norm())
+
+
+def default_dtype(k: int) -> FeatureDtype:
+    """How k features are stored by default: as float32 or int8 if they take at most 8 KiB then, otherwise as int4.
+
+    At 8 KiB an example, many features of few bits lose less than fewer of more bits: docs/faithfulness.md.
+    """
+    return FeatureDtype("float32" if 4 * k <= _BYTES else "int8" if k <= _BYTES else "int4")
 
 
 def feature_dtype(dtype: Dtype | FeatureDtype) -> FeatureDtype:

@@ -10,6 +10,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_trak.features.dtypes import FeatureDtype
 from lightning_trak.features.finiteness import NotFiniteError, named, not_finite
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.features.precision import to_store_dtype
@@ -35,7 +36,7 @@ class FeatureExtractor:
         model: the copy of the user's module, at a checkpoint.
         engine: the engine that differentiates it.
         projection: the projection that compresses gradients to k numbers, bound to this checkpoint.
-        dtype: dtype of the features.
+        dtype: how features are stored.
         layout: which parts of a batch belong to single examples, if that is known.
         falls_back: whether the examples of a batch that fails in vmap are differentiated one by one, with a warning.
     """
@@ -43,7 +44,7 @@ class FeatureExtractor:
     model: ModelCopy
     engine: GradientEngine
     projection: BoundProjection
-    dtype: torch.dtype = torch.float32
+    dtype: FeatureDtype
     layout: Layout | None = None
     falls_back: bool = False
 
@@ -137,9 +138,12 @@ class FeatureExtractor:
         if audited:
             names = {number: f"example {int(positions[number])} {place}" for number in audited}
             self._audit(engine, batch, sketches, outputs, audited, names)
-        features = to_store_dtype(self.projection.finish(sketches), self.dtype, positions, place)
+        features = self.dtype.prepared(self.projection.finish(sketches))
+        features = to_store_dtype(features, self.dtype.floating, positions, place)
         loss_gradients, curvatures = self.model.output.derivatives(outputs)
-        scalar = torch.promote_types(self.dtype, torch.float32)  # rounding these three would save almost no space
+        scalar = torch.promote_types(
+            self.dtype.floating, torch.float32
+        )  # rounding these three would save almost no space
         return Features(features, outputs.to(scalar), loss_gradients.to(scalar), curvatures.to(scalar))
 
     def _audit(

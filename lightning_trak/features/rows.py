@@ -12,7 +12,6 @@ from torch import Tensor
 from lightning_trak.features.dtypes import FeatureDtype
 
 _BLOCK_BYTES = 1 << 24  # of decoded features: memory allocators keep and reuse blocks of this size
-_CACHED_BYTES = 1 << 21  # the same, where each block is used at once and may stay in cache
 
 
 class Features(NamedTuple):
@@ -86,14 +85,9 @@ class StoredFeatures:
 
     def blocks(self) -> Iterator[Features]:
         """The same rows a few at a time, so that only a little is decoded at any time."""
-        for some in self._slices(_BLOCK_BYTES):
-            yield self[some].decode()
-
-    def _slices(self, size: int) -> Iterator[slice]:
-        """Slices of the rows, so that the decoded features of each take this many bytes at most, if not one row."""
-        step = max(1, size // (self.k * max(4, self.dtype.floating.itemsize)))
+        step = max(1, _BLOCK_BYTES // (self.k * max(4, self.dtype.floating.itemsize)))
         for start in range(0, len(self.codes), step):
-            yield slice(start, start + step)
+            yield self[start : start + step].decode()
 
     def __getitem__(self, rows: slice | Tensor) -> StoredFeatures:
         """Some of the rows: a slice, or a bool mask of shape ``(n,)``."""
@@ -111,52 +105,6 @@ class StoredFeatures:
         """The rows after a change of all columns."""
         scalars: dict[str, Any] = {name: change(column) for name, column in self._scalars.items()}
         return replace(self.moved(change), **scalars)
-
-    def rounding(self, rows: Features) -> Rounding | None:
-        """What rounding has changed in features that were given to :meth:`encode`; None if floats are stored."""
-        if self.dtype.quantizer is None:
-            return None
-        kept, lost = torch.zeros(2, self.k, dtype=torch.float64, device=self.codes.device)
-        for some in self._slices(_CACHED_BYTES if self.codes.is_cpu else _BLOCK_BYTES):
-            given, stored = rows.features[some], self[some].decode().features
-            # Divided by the largest element, so that squares are in range.
-            largest = given.abs().amax(1, keepdim=True)
-            units = torch.where(largest > 0, largest, 1)
-            norms = (given / units).norm(dim=1, keepdim=True)
-            units = units * torch.where(largest > 0, norms, 1)
-            stored.div_(units)
-            kept += stored.square().sum(0)
-            lost += stored.sub_(given / units).square_().sum(0)
-        return Rounding(kept.float().cpu(), lost.float().cpu())
-
-
-class Rounding(NamedTuple):
-    """What rounding to integers has changed in some rows, column by column. Each row counts relative to its norm.
-
-    Attributes:
-        kept: sums of squares of what is stored, shape ``(k,)``.
-        lost: sums of squares of the differences from what was given, shape ``(k,)``.
-    """
-
-    kept: Tensor
-    lost: Tensor
-
-
-class RoundedFeatures(NamedTuple):
-    """Rows as they are stored.
-
-    Attributes:
-        stored: the rows.
-        rounding: what rounding has changed; None if floats are stored.
-    """
-
-    stored: StoredFeatures
-    rounding: Rounding | None
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The columns by name, and what rounding has changed."""
-        return self.stored.tensors | ({} if self.rounding is None else {"rounding": torch.stack(self.rounding)})
 
 
 def without(rows: Features, left_out: Tensor) -> Features:
@@ -188,13 +136,13 @@ def misfit(tensors: dict[str, Tensor], count: int, dtype: FeatureDtype, k: int |
     """Describe what is wrong with the rows of a shard; None if nothing is wrong.
 
     Args:
-        tensors: the columns by name, as :attr:`RoundedFeatures.tensors`.
+        tensors: the columns by name, as :attr:`StoredFeatures.tensors`.
         count: expected number of rows.
         dtype: how features are stored.
         k: expected number of features per example; None for any.
     """
     quantized = dtype.quantizer is not None
-    names = {*Features._fields, "scales", "rounding"} if quantized else set(Features._fields)
+    names = {*Features._fields, "scales"} if quantized else set(Features._fields)
     if set(tensors) != names:
         return f"it holds {', '.join(sorted(tensors))}, not {', '.join(sorted(names))}"
     features = tensors["features"]
@@ -209,12 +157,8 @@ def misfit(tensors: dict[str, Tensor], count: int, dtype: FeatureDtype, k: int |
         what = "bytes" if quantized else "features"
         return f"it has {features.shape[1]} {what} per example, but other shards have {dtype.columns(k)}"
     for name, column in tensors.items():
-        if name not in ("features", "rounding") and (column.shape != (count,) or not column.is_floating_point()):
+        if name != "features" and (column.shape != (count,) or not column.is_floating_point()):
             return f"its {name} are {column.dtype} of shape {tuple(column.shape)}, not numbers of shape ({count},)"
     if quantized and not bool((tensors["scales"].isfinite() & (tensors["scales"] >= 0)).all()):
         return "its scales are not all finite and at least 0"
-    if quantized and tensors["rounding"].shape != (2, k):
-        return f"its rounding has shape {tuple(tensors['rounding'].shape)}, not (2, {k})"
-    if quantized and not bool((tensors["rounding"].isfinite() & (tensors["rounding"] >= 0)).all()):
-        return "its rounding is not all finite and at least 0"
     return None

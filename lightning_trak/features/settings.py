@@ -1,9 +1,12 @@
 """The settings that features depend on."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from lightning_trak.checks import integer, is_integer, require_one_of
-from lightning_trak.features.dtypes import FeatureDtype
+from lightning_trak.features.dtypes import FeatureDtype, default_dtype
 from lightning_trak.features.engines import ENGINES, EngineName
 from lightning_trak.projections import Projection
 from lightning_trak.running.data.ranges import draw_audited
@@ -18,7 +21,7 @@ class FeatureSettings:
         engine: how gradients are computed: ``"hooks"``, ``"functional"`` (vmap), ``"loop"``, or ``"auto"``, see
             :func:`~lightning_trak.features.engines.choose_engine`.
         seed: seed of the projection and of the choice of audited examples.
-        dtype: how features are stored.
+        dtype: how features are stored; None: :func:`~lightning_trak.features.dtypes.default_dtype` of their number.
         audit: how many examples of each shard are differentiated again, alone, by plain autograd.
         preconditioned: whether gradients of training examples are multiplied by what the optimizer multiplies them by.
             Those of targets are not.
@@ -31,7 +34,7 @@ class FeatureSettings:
     projection: Projection
     engine: EngineName
     seed: int
-    dtype: FeatureDtype
+    dtype: FeatureDtype | None
     audit: int
     preconditioned: bool = False
 
@@ -51,6 +54,14 @@ class FeatureSettings:
             raise ValueError(f"audit must be a number of examples, 0 for none, got {self.audit!r}")
         for name in ("seed", "audit"):  # one of NumPy's integers could not be written to the manifest
             object.__setattr__(self, name, integer(name, getattr(self, name)))
+
+    def dim(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """The number of features of gradients with these shapes, by name."""
+        return self.projection.bind(shapes, self.seed, checkpoint=0, device=torch.device("cpu")).dim
+
+    def stored_dtype(self, k: int) -> FeatureDtype:
+        """How k features are stored."""
+        return self.dtype or default_dtype(k)
 
     def draw(self, checkpoint: int, examples: range) -> list[int]:
         """Choose the examples to audit at a checkpoint. Every run chooses the same ones."""

@@ -59,13 +59,13 @@ class Others:
 
     def features(self, target_features: TargetFeatures) -> Iterator[tuple[range, list[Features]]]:
         """Positions and features at each checkpoint, rounded as in the store, a block at a time."""
-        store, dtype = target_features.store, target_features.settings.dtype
+        store = target_features.store
         rows = store.read_stored(0, 0)
         numbers = max(rows.k * store.num_checkpoints, 2 * store.num_examples if store.num_examples < rows.k else 0)
-        blocks = _blocks(self.loader, numbers * max(4, dtype.floating.itemsize), TARGET_BYTES)
+        blocks = _blocks(self.loader, numbers * max(4, store.dtype.floating.itemsize), TARGET_BYTES)
         found = target_features.make(self.loader, blocks, self.datamodule, of=" of train=")
         for examples, features in zip(blocks, found, strict=True):
-            yield examples, [StoredFeatures.encode(part, dtype).decode() for part in features]
+            yield examples, [StoredFeatures.encode(part, store.dtype).decode() for part in features]
 
 
 def score_targets(
@@ -98,7 +98,7 @@ def score_targets(
     top_k, largest, rows, columns = kept
     store, trainer = target_features.store, target_features.trainer
     numbers = max(store.read_stored(0, 0).k * store.num_checkpoints, _numbers_kept(store, scorer, kept, others))
-    itemsize = max(4, target_features.settings.dtype.floating.itemsize)
+    itemsize = max(4, store.dtype.floating.itemsize)
     blocks = _blocks(loader, numbers * itemsize, max(TARGET_BYTES, scorer.remade_bytes))
     if others is not None and len(blocks) > 1 and (rows is None or not scorer.linear):
         rank_zero_info(

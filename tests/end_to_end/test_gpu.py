@@ -112,17 +112,9 @@ def test_rounded_features_on_a_gpu_are_those_on_the_cpu(tmp_path, dtype):
         trak = TRAK(make_model(), make_checkpoints(1), tmp_path / accelerator, dtype=dtype)
         trak.featurize(make_trainer(accelerator=accelerator), DataLoader(make_data(1200), batch_size=100))
         store = stored(tmp_path / accelerator)
-        shards = range(store.num_shards)
-        features = torch.cat([store.read(0, shard).features for shard in shards])
-        found[accelerator] = features.float(), store.rounding(0, shards)
-    (on_gpu, error), (on_cpu, expected) = found["gpu"], found["cpu"]
+        found[accelerator] = torch.cat([store.read(0, shard).features for shard in range(store.num_shards)]).float()
     # A number between two levels may be rounded to either of them.
-    assert (on_gpu - on_cpu).norm() <= 1e-2 * on_cpu.norm()
-    if dtype == "float16":
-        assert error is expected is None
-    else:
-        for found, on_host in zip(error, expected, strict=True):
-            assert float(found.sum()) == pytest.approx(float(on_host.sum()), rel=1e-3)
+    assert (found["gpu"] - found["cpu"]).norm() <= 1e-2 * found["cpu"].norm()
 
 
 @pytest.mark.parametrize("kind", [TRAK, InfluenceFunction])

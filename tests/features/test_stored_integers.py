@@ -49,42 +49,6 @@ def test_the_bits_on_disk(tmp_path, dtype):
     assert store.read_stored(0, 0).codes.data_ptr() != 0
 
 
-@INTEGERS
-def test_the_store_knows_what_rounding_has_changed(tmp_path, dtype):
-    store = make_store(tmp_path, dtype)
-    kept, lost = torch.zeros(2, 401, dtype=torch.float64)
-    for shard in range(store.num_shards):
-        exact, found = make_rows(len(store.shard(shard)), seed=shard).features, store.read(0, shard).features
-        norms = exact.norm(dim=1, keepdim=True)
-        kept += (found / norms).square().sum(0)
-        lost += ((found - exact) / norms).square().sum(0)
-    rounding = store.rounding(0, range(store.num_shards))
-    torch.testing.assert_close(rounding.kept, kept, rtol=1e-5, atol=0)
-    torch.testing.assert_close(rounding.lost, lost, rtol=1e-4, atol=1e-12)
-    assert ERRORS[dtype] / 2 < float(lost.sum() / store.num_examples) ** 0.5 < ERRORS[dtype]
-
-
-def test_floats_are_not_rounded(tmp_path):
-    assert make_store(tmp_path, "float32").rounding(0, [0]) is None
-
-
-def test_rounding_changes_nothing_in_rows_of_zeros():
-    zeros = make_rows(3)._replace(features=torch.zeros(3, 401))
-    rounding = StoredFeatures.encode(zeros, feature_dtype("int4")).rounding(zeros)
-    assert torch.equal(torch.stack(rounding), torch.zeros(2, 401))
-
-
-@pytest.mark.parametrize("size", [1e-30, 1e30])
-@INTEGERS
-def test_the_size_of_a_row_makes_no_difference(dtype, size):
-    rows = make_rows(3)
-    sized = rows._replace(features=rows.features * size)
-    found, expected = (
-        torch.stack(StoredFeatures.encode(part, feature_dtype(dtype)).rounding(part)) for part in (sized, rows)
-    )
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
-
-
 @pytest.mark.parametrize("dtype", NAMES)
 def test_blocks_are_the_whole_shard(dtype, monkeypatch):
     floating = feature_dtype(dtype).floating
@@ -115,11 +79,7 @@ def test_integers_are_only_moved_as_they_are_stored(dtype):
         ({"scales": torch.tensor([1.0, -1.0, 1.0, 1.0])}, "its scales are not all finite and at least 0"),
         ({"scales": torch.ones(3)}, r"its scales are torch.float32 of shape \(3,\)"),
         ({"scales": torch.ones(4, dtype=torch.int64)}, "its scales are torch.int64"),
-        ({"scales": None}, "it holds curvatures, features, loss_gradients, outputs, rounding, not .* scales"),
-        ({"rounding": None}, "it holds curvatures, features, loss_gradients, outputs, scales, not .* rounding"),
-        ({"rounding": torch.ones(2, 400)}, r"its rounding has shape \(2, 400\), not \(2, 401\)"),
-        ({"rounding": torch.full((2, 401), torch.nan)}, "its rounding is not all finite and at least 0"),
-        ({"rounding": torch.full((2, 401), -1.0)}, "its rounding is not all finite and at least 0"),
+        ({"scales": None}, "it holds curvatures, features, loss_gradients, outputs, not .* scales"),
     ],
 )
 def test_codes_that_do_not_fit_are_refused(tmp_path, change, said):

@@ -216,7 +216,7 @@ class ExtractorModule(PredictModule):
     def _new_extractor(self, model: ModelCopy, engine: GradientEngine, projection: BoundProjection) -> FeatureExtractor:
         falls_back = self.settings.engine == "auto"
         kind = FactorExtractor if isinstance(projection, BoundGradientFactors) else FeatureExtractor
-        return kind(model, engine, projection, self.settings.dtype.floating, self._layout, falls_back)
+        return kind(model, engine, projection, self.settings.stored_dtype(projection.dim), self._layout, falls_back)
 
     def _bind(self, checkpoint: int) -> BoundProjection:
         """The projection of a checkpoint. It is kept as long as the checkpoint's weights."""

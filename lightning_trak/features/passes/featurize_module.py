@@ -86,7 +86,8 @@ class FeaturizeModule(ExtractorModule):
     def _new_extractor(self, model: ModelCopy, engine: GradientEngine, projection: BoundProjection) -> FeatureExtractor:
         if not model.sharded:
             return super()._new_extractor(model, engine, projection)
-        return ShardedFeatureExtractor(model, engine, projection, self.settings.dtype.floating, self._layout)
+        dtype = self.settings.stored_dtype(projection.dim)
+        return ShardedFeatureExtractor(model, engine, projection, dtype, self._layout)
 
     def on_predict_batch_start(self, batch: IndexedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Show the task on the progress bar instead of "Predicting DataLoader 0"."""

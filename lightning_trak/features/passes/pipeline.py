@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 from torch.utils.data import DataLoader
@@ -143,7 +142,7 @@ class FeaturePipeline:
         depends_on, sample = self._identity(model, trainer), Samples(loader)
         digests = sample(count)
         self._require_own_subsets(count, None if digests is None else digests[0])
-        require_enough(count, self.dim(model))
+        require_enough(count, self.settings.dim(model.shapes))
         if self._output.numbered:
             loader = numbered(loader)
         default = default_shard_size(count, loader)
@@ -213,7 +212,8 @@ class FeaturePipeline:
             f"{self.user}: {counted(store.num_examples, 'example')} at"
             f" {counted(len(store.first), 'checkpoint')}, gradients of {model.size} of"
             f" {counted(total, 'parameter')}, {type(self.settings.projection).__name__} to"
-            f" {counted(self.dim(model), 'feature')}: {sum(map(len, missing_shards(store, extras, part)))} of"
+            f" {counted(self.settings.dim(model.shapes), 'feature')} in {store.dtype.name}:"
+            f" {sum(map(len, missing_shards(store, extras, part)))} of"
             f" {counted(len(store.first) * store.num_shards, 'shard')} to do"
         )
         if extras and store.begun_with < store.num_examples:
@@ -259,11 +259,6 @@ class FeaturePipeline:
         store.require_complete()
         self._require_engine(store, model.sharded)
         return store
-
-    def dim(self, model: ModelCopy) -> int:
-        """The number of features per example."""
-        projection, cpu = self.settings.projection, torch.device("cpu")
-        return projection.bind(model.shapes, seed=self.settings.seed, checkpoint=0, device=cpu).dim
 
     def _identity(self, model: ModelCopy, trainer: L.Trainer | None) -> dict[str, Any]:
         found = identity(model, self._output, self.settings, self._contents)

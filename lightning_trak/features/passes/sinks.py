@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_trak.features.finiteness import NotFiniteExamples, describe, not_finite, require_finite
-from lightning_trak.features.rows import Features, RoundedFeatures, without
+from lightning_trak.features.rows import Features, StoredFeatures, without
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.data.ranges import Stop
 from lightning_trak.running.threads import compute_threads
@@ -36,7 +36,7 @@ class Sink(Protocol):
 class _Rounded(NamedTuple):
     """A shard to be written: its rows, None if it is left out, and the examples that are not finite."""
 
-    rows: RoundedFeatures | None
+    rows: StoredFeatures | None
     not_finite: list[int]
 
 

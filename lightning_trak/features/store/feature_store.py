@@ -23,15 +23,14 @@ is refused. If it is an extra, it is made again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_trak.features.dtypes import FeatureDtype, feature_dtype
-from lightning_trak.features.rows import Features, RoundedFeatures, Rounding, StoredFeatures, misfit
+from lightning_trak.features.rows import Features, StoredFeatures, misfit
 from lightning_trak.features.store.extras import StoredExtras, advice, require_place
 from lightning_trak.features.store.growth import Sample, ShardRanges, last_part, parts_with, settled_parts
 from lightning_trak.features.store.identity import describe_difference
@@ -253,13 +252,13 @@ class FeatureStore(StoredExtras):
     @property
     def rounds_features(self) -> bool:
         """Whether features are stored as integers."""
-        return self._dtype.quantizer is not None
+        return self.dtype.quantizer is not None
 
     def write(self, checkpoint: int, shard: int, rows: Features, engine: str = "", skipped: Sequence[int] = ()) -> None:
         """Write a complete shard: :meth:`round` and :meth:`save` in one."""
         self.save(checkpoint, shard, self.round(checkpoint, shard, rows), engine, skipped)
 
-    def round(self, checkpoint: int, shard: int, rows: Features) -> RoundedFeatures:
+    def round(self, checkpoint: int, shard: int, rows: Features) -> StoredFeatures:
         """Round the rows of a shard, if the store's dtype is one of integers.
 
         Args:
@@ -270,15 +269,15 @@ class FeatureStore(StoredExtras):
         Raises:
             ValueError: if the number of rows is not that of the shard's examples, or they do not fit the store.
         """
-        reason = misfit(rows._asdict(), len(self.shard(shard)), feature_dtype(self._dtype.floating), self._k)
+        reason = misfit(rows._asdict(), len(self.shard(shard)), feature_dtype(self.dtype.floating), self._k)
         if reason is not None:
             raise ValueError(f"shard {shard} of checkpoint {checkpoint} cannot be written: {reason}")
-        stored = StoredFeatures.encode(rows, self._dtype)
+        stored = StoredFeatures.encode(rows, self.dtype)
         self._k = stored.k
-        return RoundedFeatures(stored.on_host(), stored.rounding(rows))
+        return stored.on_host()
 
     def save(
-        self, checkpoint: int, shard: int, rows: RoundedFeatures, engine: str = "", skipped: Sequence[int] = ()
+        self, checkpoint: int, shard: int, rows: StoredFeatures, engine: str = "", skipped: Sequence[int] = ()
     ) -> None:
         """Write a complete shard to its file.
 
@@ -294,7 +293,7 @@ class FeatureStore(StoredExtras):
         """
         self._directory.require_unchanged()
         path = self._shard_path(checkpoint, shard)
-        about: dict[str, Any] = {"dtype": rows.stored.dtype.name, "k": rows.stored.k, "skipped": list(skipped)}
+        about: dict[str, Any] = {"dtype": rows.dtype.name, "k": rows.k, "skipped": list(skipped)}
         place = self._about(checkpoint, path.stem, self._key_of(shard))
         save_tensors(path, rows.tensors, **place, engine=engine, **about)
 
@@ -314,37 +313,25 @@ class FeatureStore(StoredExtras):
             ValueError: if the file is truncated, altered or belongs elsewhere.
             OSError: if the file cannot be read.
         """
-        tensors, metadata = self._read(checkpoint, shard)
-        return StoredFeatures.from_tensors(tensors, self._dtype, metadata["k"])
-
-    def _read(self, checkpoint: int, shard: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors and the header of a shard."""
         path = self._shard_path(checkpoint, shard)
         with advice():
             tensors, metadata = self._load(path)
             require_place(path, metadata, self.checkpoints[checkpoint], self._key_of(shard), **SHARD_HEADER)
             dtype = feature_dtype(metadata["dtype"])
-            if dtype != self._dtype:
-                raise altered(path, f"its features are {dtype.name}, not {self._dtype.name}")
+            if dtype != self.dtype:
+                raise altered(path, f"its features are {dtype.name}, not {self.dtype.name}")
             if self._k not in (None, metadata["k"]):
                 raise altered(path, f"it has {metadata['k']} features per example, but other shards have {self._k}")
             reason = misfit(tensors, len(self.shard(shard)), dtype, metadata["k"])
             if reason is not None:
                 raise altered(path, reason)
         self._k = metadata["k"]
-        return tensors, metadata
+        return StoredFeatures.from_tensors(tensors, dtype, metadata["k"])
 
     @property
-    def _dtype(self) -> FeatureDtype:
+    def dtype(self) -> FeatureDtype:
         """How features are stored."""
         return feature_dtype(self._directory.manifest["identity"]["dtype"])
-
-    def rounding(self, checkpoint: int, shards: Iterable[int]) -> Rounding | None:
-        """What rounding to integers has changed in the rows of some shards, in float64; None if floats are stored."""
-        if not self.rounds_features:
-            return None
-        found = (self._read(checkpoint, shard)[0]["rounding"].double() for shard in shards)
-        return Rounding(*sum(found, torch.zeros(2, self.read_stored(checkpoint, 0).k, dtype=torch.float64)))
 
     def engine_of(self, checkpoint: int, shard: int) -> str:
         """The engine that computed the gradients of a shard, see :meth:`write`."""

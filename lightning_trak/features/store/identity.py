@@ -60,7 +60,7 @@ def identity(model: ModelCopy, output: ModelOutput, settings: FeatureSettings, c
     shapes = {name: list(parameter.shape) for name, parameter in model.module.named_parameters()}
     return {
         "seed": settings.seed,
-        "dtype": settings.dtype.name,
+        "dtype": settings.stored_dtype(settings.dim(model.shapes)).name,
         "projection": settings.projection.fingerprint(),
         "output": output.fingerprint(),
         "model": module_fingerprint(model.module, used_by=output),

@@ -96,10 +96,11 @@ class FeatureMethod(ScoredMethod):
         self._contents = Contents(self.checkpoints)
         self.store = local_directory(store, "store")
         self.parameters = parameters
-        # At 8 KiB an example, many features of few bits lose less than fewer of more bits: docs/faithfulness.md.
-        dtype = dtype or ("int4" if projection is None else "float32")
+        if dtype is None and projection is not None:
+            dtype = "float32"
+        stored = None if dtype is None else feature_dtype(dtype)
         projection = SparseProjection() if projection is None else projection
-        self.settings = FeatureSettings(projection, engine, seed, feature_dtype(dtype), audit)
+        self.settings = FeatureSettings(projection, engine, seed, stored, audit)
         self._train: Data | None = None  # what featurize got last
 
     @property
@@ -147,7 +148,9 @@ class FeatureMethod(ScoredMethod):
         self._train = data
 
     def target_features(self, trainer: L.Trainer | None = None, data: Data | None = None) -> list[Features]:
-        """The features of targets, projected like those of the store. :meth:`score` compares the two.
+        """The features of targets, projected like those of the store, and rotated if these are integers.
+
+        Their products with those of the store are what :meth:`score` begins with.
 
         Args:
             trainer: as for :meth:`score`.

@@ -71,7 +71,8 @@ class TRAK(NewtonMethod):
             :class:`~lightning_trak.features.settings.FeatureSettings`.
         seed: seed of the projection.
         dtype: how features are stored: a float dtype by name or of torch, or ``"int8"`` or ``"int4"`` (a quarter and an
-            eighth of the bytes of float32). Default: ``"int4"`` with the default projection, else ``"float32"``.
+            eighth of the bytes of float32). Default: ``"float32"``; with the default projection, the first of
+            ``"float32"``, ``"int8"`` and ``"int4"`` in which the features of an example take at most 8 KiB.
         weights_only: ``False`` lets ``.ckpt`` and ``.pt`` files run code when they are read; for files you trust only.
         audit: how many examples of each shard, and of each thousand targets, are differentiated again, one at a time by
             plain autograd, and must have the features that the engine gave them. 0 checks none.

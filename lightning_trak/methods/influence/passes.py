@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import Self
 
 from lightning_trak.features.checks.loss_comparison import warn_of_other_loss
+from lightning_trak.features.dtypes import feature_dtype
 from lightning_trak.features.engines import EngineName, choose_engine, make_engine
 from lightning_trak.features.extractor import GRADIENT_BYTES, FeatureExtractor
 from lightning_trak.features.finiteness import require_finite
@@ -161,7 +162,8 @@ class Passes:
 
     def extractor(self) -> FeatureExtractor:
         """An extractor of gradients without projection, for the batches from :meth:`batches`."""
-        return FeatureExtractor(self.model, self._engine, self._identity, self.dtype, self.layout, falls_back=True)
+        dtype = feature_dtype(self.dtype)
+        return FeatureExtractor(self.model, self._engine, self._identity, dtype, self.layout, falls_back=True)
 
     def batches(
         self, examples: Examples, positions: Iterable[Sequence[int]] | None = None

@@ -137,9 +137,6 @@ class DualScorer(TRAKScorer):
 
         return Undamped(weights.sum(), weights.square().sum(), factor, residual_step)
 
-    def _prepared(self, checkpoint: int, ranks: Ranks, targets: Tensor) -> Tensor:
-        return self._products(checkpoint, targets.to(self._device), ranks)
-
     def _kernel(self, checkpoint: int, ranks: Ranks) -> Tensor:
         """Inner products of the features of all rows of K: float64, shape ``(n, n)``, on the CPU."""
         stores = [source for source, _ in self.sources]

@@ -141,7 +141,8 @@ class DampedGram:
         # this copy, because both have k x k numbers. The transpose is the same matrix, with LAPACK's strides.
         factor = (gram / scale).mT
         share_of_size = len(gram) / (size or len(gram))
-        self.ridge = damping * share_of_size * float(scale)
+        self._mean_eigenvalue = share_of_size * float(scale)
+        self.ridge = damping * self._mean_eigenvalue
         factor.diagonal().add_(damping * share_of_size)
         info = torch.empty((), dtype=torch.int32, device=gram.device)
         torch.linalg.cholesky_ex(factor, out=(factor, info))
@@ -189,28 +190,21 @@ class DampedGram:
             smallest = self._solve(smallest / smallest.norm())
         return float(largest.norm()), float(1 / smallest.norm())
 
-    @property
-    def trace(self) -> float:
-        """The trace of K."""
-        return float(self._scale) * len(self._factor)
+    def score_noise(self, error: float) -> float:
+        """What rounding the features changes in the scores sqrt(R_x R_i) phi_x^T A^-1 phi_i, relative to their norm.
 
-    def squared_scores(self) -> float:
-        """An estimate of tr (K A^-1)^2 for A = K + lambda I: the sum of squares of sqrt(R_x R_i) phi_x^T A^-1 phi_i."""
-        signs = random_signs(PROBES, len(self._factor)).to(self._factor)
-        filtered = signs - self.ridge * self.solve(signs)
-        return float(filtered.square().sum(1).mean())
-
-    def squared_effects(self, targets: Tensor) -> Tensor:
-        """The sum of R_i (phi_i^T A^-1 x)^2 over the training examples, for each target x.
-
-        Args:
-            targets: float64, shape ``(num_targets, k)``.
-
-        Returns:
-            Shape ``(num_targets,)``.
+        A is K + lambda I. Rounding adds noise e_i of the norm error |phi_i|, with the same variance in all k features.
+        So the sum of squares of phi_x^T A^-1 e_i is N tr (A^-1 K A^-1) on average, N = error^2 tr K / k, and that of
+        the scores is tr (K A^-1)^2. Random vectors estimate both traces. If examples are nearly alike, so is their
+        noise, and it removes what differs. There may have been up to N of it in each direction, so K + N I takes the
+        place of K.
         """
-        solved = self.solve(targets)
-        return (solved * (targets - self.ridge * solved)).sum(1)
+        noise = error**2 * self._mean_eigenvalue
+        signs = random_signs(PROBES, len(self._factor)).to(self._factor)
+        solved = self.solve(signs)
+        kept = signs - self.ridge * solved  # K A^-1 times them
+        added = noise * (solved * (kept + noise * solved)).sum()
+        return float((added.clamp(min=0) / kept.square().sum()).sqrt())
 
     def squared_step(self, pull: Tensor) -> float:
         """How long a Newton step is: lambda |(K + lambda I)^-1 pull|^2, for a float64 vector ``(k,)``."""

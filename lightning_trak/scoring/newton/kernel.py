@@ -72,25 +72,9 @@ class DampedKernel:
         """As :meth:`~lightning_trak.scoring.newton.gram.DampedGram.effective_dimension`: K has the eigenvalues of S."""
         return self._factor.effective_dimension()
 
-    @property
-    def trace(self) -> float:
-        """The trace of S, which is that of Phi^T R Phi."""
-        return self._factor.trace
-
-    def squared_scores(self) -> float:
-        """As :meth:`~lightning_trak.scoring.newton.gram.DampedGram.squared_scores`."""
-        return self._factor.squared_scores()
-
-    def squared_effects(self, products: Tensor) -> Tensor:
-        """As :meth:`~lightning_trak.scoring.newton.gram.DampedGram.squared_effects`.
-
-        Args:
-            products: b of each target, float64, shape ``(num_targets, n)``.
-
-        Returns:
-            Shape ``(num_targets,)``.
-        """
-        return self._factor.solve(products * self._roots).square().sum(1)
+    def score_noise(self, error: float) -> float:
+        """As :meth:`~lightning_trak.scoring.newton.gram.DampedGram.score_noise`: K has the eigenvalues of S."""
+        return self._factor.score_noise(error)
 
     def squared_step(self, residuals: Tensor, kernel: Tensor) -> float:
         """How long the Newton step of residuals is: lambda |(Phi^T R Phi + lambda I)^-1 Phi^T residuals|^2.

@@ -52,9 +52,6 @@ class PrimalScorer(TRAKScorer):
 
         return Undamped(gram.trace(), squared_weights, factor, residual_step)
 
-    def _prepared(self, checkpoint: int, ranks: Ranks, targets: Tensor) -> Tensor:
-        return targets.to(self._device)
-
     def _gram(self, checkpoint: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
         """See :func:`~lightning_trak.scoring.newton.gram.gram_matrix`; of several sources, each with its share."""
         gram, squared_weights = self._gram_of(self.store, checkpoint, ranks)

@@ -2,8 +2,7 @@
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -11,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_trak.checkpoints.subsets import TrainingSubset
-from lightning_trak.features.rows import Features, Rounding, StoredFeatures
+from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.base import Scorer, full_precision
@@ -21,7 +20,7 @@ from lightning_trak.scoring.newton.kernel import DampedKernel
 from lightning_trak.scoring.newton.lag import Lag, find_lag
 from lightning_trak.scoring.newton.noise import Noise, stored_noise
 from lightning_trak.scoring.newton.per_prediction import SEVERAL, WHOLE, dispersion
-from lightning_trak.scoring.newton.rounding import RoundingEffect, score_error, warn_of_rounding
+from lightning_trak.scoring.newton.rounding import RoundingEffect, warn_of_rounding
 from lightning_trak.scoring.newton.temperature import Tempered
 from lightning_trak.scoring.newton.undamped import System, Undamped
 from lightning_trak.texts.messages import extremes
@@ -124,9 +123,9 @@ class TRAKScorer(Scorer):
         dampings, effects = [], []
         for checkpoint in range(self.store.num_checkpoints):
             dampings.append(self._system(checkpoint, ranks)[1])
-            for effect in self._rounding(checkpoint, ranks):
-                effect.require_small()
-                effects.append(effect)
+            if self.store.rounds_features:
+                effects.append(self._rounding(checkpoint))
+                effects[-1].require_small()
         warn_of_rounding(effects)
         if self.tempered is not None:
             self._settled = self.tempered.settled(self.noise)
@@ -188,19 +187,10 @@ class TRAKScorer(Scorer):
         """The dtype of the features, and what to call their matrix in errors."""
         return self.store.read_stored(checkpoint, 0).dtype.floating, f"checkpoint {checkpoint}"
 
-    def _rounding(self, checkpoint: int, ranks: Ranks) -> Iterator[RoundingEffect]:
-        """What rounding changes in the scores of a checkpoint, for each source of features. All ranks call this."""
-        system, damping = self._system(checkpoint, ranks)
-        for source, _ in self.sources:
-            part = source.rounding(checkpoint, ranks.share(source.num_shards))
-            if part is not None:
-                rounding, prepared = Rounding(*map(ranks.sum, part)), partial(self._prepared, checkpoint, ranks)
-                share = score_error(rounding, system, damping, source.num_examples, prepared)
-                yield RoundingEffect(share, self._about(checkpoint)[1], damping)
-
-    @abstractmethod
-    def _prepared(self, checkpoint: int, ranks: Ranks, targets: Tensor) -> Tensor:
-        """What the system of a checkpoint takes of targets: float64 features ``(num_targets, k)``. All call this."""
+    def _rounding(self, checkpoint: int) -> RoundingEffect:
+        """What rounding changes in the scores of a checkpoint."""
+        system, damping = self._system(checkpoint)
+        return RoundingEffect(system.score_noise(self.store.dtype.error), self._about(checkpoint)[1], damping)
 
     @property
     @abstractmethod
