@@ -83,9 +83,9 @@ def not_finite(rows: Features) -> Tensor:
     Args:
         rows: features of some examples, on the CPU: on a device this would wait for the computation.
     """
-    # The largest absolute element is NaN if any is. On a CPU it takes a ninth of the time of a test of each element.
-    finite = [(column.abs().amax(1) if column.ndim > 1 else column).isfinite() for column in rows]
-    return ~torch.stack(finite).all(0)
+    # The largest and the smallest element are NaN if any is. On a CPU they take much less time than a test of each.
+    extremes = rows.features.amax(1), rows.features.amin(1)
+    return ~torch.stack([column.isfinite() for column in (*extremes, *rows[1:])]).all(0)
 
 
 def require_finite(rows: Features, positions: Tensor, where: str) -> None:

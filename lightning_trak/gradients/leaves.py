@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -117,21 +117,20 @@ class _Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         del types
         kwargs = kwargs or {}
-        read = set(_addresses((args, tuple(kwargs.values()))))
+        read = set(_addresses((*args, *kwargs.values())))
         self.found |= {self._names[address] for address in read & self._names.keys()}
         result = func(*args, **kwargs)
-        self.made.update(address for address in _addresses(result) if address not in read)  # no views of older tensors
+        self.made.update(set(_addresses((result,))) - read)  # no views of older tensors
         return result
 
 
-def _addresses(value: Any) -> Iterator[int]:
-    """The addresses of the tensors in arguments or results of an operation: tensors, and lists of them."""
-    if isinstance(value, Tensor):
-        if _has_memory(value):
+def _addresses(values: Iterable[Any]) -> Iterator[int]:
+    """The addresses of the tensors in arguments or results of an operation, and in lists of them."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _addresses(value)
+        elif _has_memory(value):
             yield _address(value)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _addresses(item)
 
 
 def _address(tensor: Tensor) -> int:
@@ -145,6 +144,6 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def _has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor is a plain strided one, with its own memory."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+def _has_memory(value: Any) -> bool:
+    """Whether a value is a plain strided tensor, with its own memory."""
+    return type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided

@@ -204,8 +204,8 @@ class HookEngine(GradientEngine):
                 return values
             signatures = batch.size, hooks.signatures
             unproven = self._on_any_rank(self._unproven(values, *signatures))
-            weights = example_weights(batch.size, values, self.precision, self._proofs)
             if unproven:
+                weights = example_weights(batch.size, values, self.precision, self._proofs)
                 hooks.backward_weighted(values, weights)
             self._require_unused_outside(hooks.backward(values, outside))
             if unproven:
