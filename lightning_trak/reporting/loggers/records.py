@@ -19,6 +19,7 @@ from lightning_trak.reporting.explanations import (
     Explanation,
     described,
     explained,
+    explanations_table,
     require_data,
     require_positions,
 )
@@ -26,7 +27,6 @@ from lightning_trak.reporting.loggers.base import writers_for
 from lightning_trak.reporting.plots import Picture, plot_brittleness, plot_mislabel_curves, plot_pictures
 from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.scoring.topk import Scores
-from lightning_trak.texts.tables import Cell, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,7 +90,8 @@ def log_attributions(
         describe: makes a short text of an item of either dataset, such as its label.
         image: makes an image of an item, ``(height, width)`` or ``(1 or 3, height, width)`` with values in [0, 1].
             Default: no images are logged.
-        name: the table is ``{name}/table``, the picture ``{name}/images``.
+        name: the table is ``{name}/table``, with the columns of a ``.csv`` of :meth:`~lightning_trak.TRAK.show`; the
+            picture is ``{name}/images``.
         step: the step at which the loggers show them.
 
     Raises:
@@ -110,7 +111,7 @@ def log_attributions(
         return
     read_train, read_target = (cache(partial(_example, data, describe, image)) for data in (train, targets))
     explanations = [explained(row, saved.best(row, k), read_target(row), read_train) for row in rows]
-    table = _table(explanations)
+    table = explanations_table(explanations)
     for writer in writers:
         writer.table(f"{name}/table", table, step)
     if image is not None:
@@ -124,17 +125,6 @@ def log_attributions(
 def _example(dataset: Any, describe: Describe | None, image: Callable[[Any], Tensor] | None, index: int) -> Example:
     item = dataset[index]
     return Example(described(describe, item) if describe else f"#{index}", image(item) if image else None)
-
-
-def _table(explanations: Sequence[Explanation]) -> Table:
-    """A row for each proponent and opponent of each target."""
-    cells: list[tuple[Cell, ...]] = [
-        (each.position, each.target.text, kind.removesuffix("s"), rank, entry.position, entry.example.text, entry.score)
-        for each in explanations
-        for kind, entries in each.groups.items()
-        for rank, entry in enumerate(entries, 1)
-    ]
-    return Table(("target", "target is", "kind", "rank", "example", "example is", "score"), cells)
 
 
 def _figure(explanations: Sequence[Explanation]) -> Figure:
