@@ -164,7 +164,8 @@ def explain(
         k: how many proponents and how many opponents each target gets.
         train: the training set, a map-style Dataset.
         targets: the targets, a map-style Dataset.
-        describe: makes a text of an item. Default: :func:`~lightning_trak.reporting.items.describe_item`.
+        describe: makes a text of an item. Default: :func:`~lightning_trak.reporting.items.describe_item`; beside an
+            image, without shapes.
 
     Returns:
         An explanation for each of ``indices``, in that order.
@@ -180,7 +181,8 @@ def explain(
 
     def example(dataset: Any, index: int) -> Example:
         item = dataset[index]
-        return Example(described(describe or describe_item, item), find_image(item))
+        image = find_image(item)
+        return Example(described(describe or partial(describe_item, shapes=image is None), item), image)
 
     read = partial(example, train)
     return [explained(index, saved.best(index, k), example(targets, index), read) for index in indices]
