@@ -117,6 +117,7 @@ def write_ranking(
     if plot is not None:
         figure = plot_mislabel_curves({name: curve})
         write_atomically(local_file(plot, "file"), lambda path: figure.savefig(path, format="png", dpi=150))
+        print(f"the detection curve is drawn in {printable(plot)}")
 
 
 def _labels(dataset: Any) -> list[Label]:
