@@ -264,6 +264,15 @@ def plot_histogram(values: Tensor, label: str) -> "Figure":
     return _plain(figure)
 
 
+def require_drawing() -> None:
+    """Refuse before long work what cannot be drawn after it.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed.
+    """
+    _figure(1, 1)
+
+
 def _figure(width: float, height: float) -> "Figure":
     """A figure of some inches that needs no display.
 

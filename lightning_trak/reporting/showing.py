@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_trak.reporting.explanations import Explanation, explanations_table
 from lightning_trak.reporting.html import page, part
-from lightning_trak.reporting.plots import plot_explanations
+from lightning_trak.reporting.plots import plot_explanations, require_drawing
 from lightning_trak.reporting.terminal import table
 from lightning_trak.storage.files import write_atomically
 from lightning_trak.storage.paths import local_file
@@ -23,10 +23,13 @@ def kind_of_file(out: str | os.PathLike[str] | None) -> str | None:
 
     Raises:
         ValueError: if it is another kind than ``.png``, ``.html`` and ``.csv``.
+        ModuleNotFoundError: if it is a picture, and matplotlib is not installed.
     """
     kind = None if out is None else Path(out).suffix
     if kind not in (None, *KINDS):
         raise ValueError(f'out must end in .png, .html or .csv, got "{out}"; for a table in the terminal, leave it out')
+    if kind == ".png":
+        require_drawing()
     return kind
 
 

@@ -23,8 +23,14 @@ from lightning_trak.reporting.explanations import (
     require_data,
     require_positions,
 )
-from lightning_trak.reporting.loggers.base import writers_for
-from lightning_trak.reporting.plots import Picture, plot_brittleness, plot_mislabel_curves, plot_pictures
+from lightning_trak.reporting.loggers.base import LoggerWriter, writer_kinds, writers_for
+from lightning_trak.reporting.plots import (
+    Picture,
+    plot_brittleness,
+    plot_mislabel_curves,
+    plot_pictures,
+    require_drawing,
+)
 from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.scoring.topk import Scores
 
@@ -120,6 +126,23 @@ def log_attributions(
             writer.figure(f"{name}/images", figure, step)
     for writer in writers:
         writer.flush()
+
+
+def require_logging(loggers: Loggers, images: bool, lds: bool) -> None:
+    """Refuse before long work what cannot be logged after it.
+
+    Args:
+        loggers: such as ``trainer.loggers``.
+        images: whether :func:`log_attributions` will log images.
+        lds: whether :func:`log_lds` will be called.
+
+    Raises:
+        TypeError: if these are no loggers of Lightning.
+        ModuleNotFoundError: if pictures are drawn, and matplotlib is not installed.
+    """
+    kinds = writer_kinds(loggers)
+    if (images and kinds) or (lds and any(kind.histogram is LoggerWriter.histogram for kind in kinds)):
+        require_drawing()
 
 
 def _example(dataset: Any, describe: Describe | None, image: Callable[[Any], Tensor] | None, index: int) -> Example:
