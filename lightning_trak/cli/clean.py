@@ -18,6 +18,7 @@ from lightning_trak.running.data.sources import single_loader
 from lightning_trak.scoring.groups import Label
 from lightning_trak.storage.files import write_atomically
 from lightning_trak.storage.paths import local_file
+from lightning_trak.storage.user_files import new_file
 from lightning_trak.texts.printable import counted, printable
 
 Find = Literal["wrong_labels", "harmful", "useful", "duplicates"]
@@ -119,7 +120,7 @@ def write_ranking(
     )
     if plot is not None:
         figure = plot_mislabel_curves({name: curve})
-        write_atomically(local_file(plot, "file"), lambda path: figure.savefig(path, format="png", dpi=150))
+        write_atomically(new_file(plot), lambda path: figure.savefig(path, format="png", dpi=150))
         print(f"the detection curve is drawn in {printable(plot)}")
 
 

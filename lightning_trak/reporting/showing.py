@@ -13,7 +13,7 @@ from lightning_trak.reporting.html import page, part
 from lightning_trak.reporting.plots import plot_explanations, require_drawing
 from lightning_trak.reporting.terminal import table
 from lightning_trak.storage.files import write_atomically
-from lightning_trak.storage.paths import local_file
+from lightning_trak.storage.user_files import new_file
 
 KINDS = (".png", ".html", ".csv")
 
@@ -69,7 +69,7 @@ def show(
             text = explanations_table(explanations).csv() if kind == ".csv" else page(explanations, title, meaning)
             path.write_text(text, encoding="utf-8", newline="")
 
-    write_atomically(local_file(out, "file"), write)
+    write_atomically(new_file(out), write)
 
 
 def _in_notebook() -> bool:
