@@ -19,7 +19,7 @@ from lightning_trak.replay.losses import declared_losses
 from lightning_trak.replay.player import Player
 from lightning_trak.replay.recording.states import TrainingState
 from lightning_trak.replay.reweighted import Reweighted
-from lightning_trak.replay.smoothness import advice, agreement, rounding_ceiling, quick_value
+from lightning_trak.replay.smoothness import advice, agreement, quick_value, rounding_ceiling
 from tests.methods.metagradients import Linear
 from tests.replay.runs import NUM_TRAIN, Net, make_data, shuffled, train
 
