@@ -166,7 +166,10 @@ class AttributionEvaluation(Displayed, Callback):
                     f" there are {len(targets)} targets and {len(train)} training examples; pass the data of the fleet"
                 )
             if len(targets) < 2:
-                raise ValueError("the interval of a linear datamodeling score needs at least 2 targets, got 1")
+                raise ValueError(
+                    "the interval of a linear datamodeling score needs at least 2 targets, got 1; give more targets, or"
+                    " leave retrained out"
+                )
         return train, targets
 
     def _metric(self, method: Method) -> LinearDatamodelingScore | None:

@@ -56,7 +56,7 @@ class SavedScores(NamedTuple):
             _ABOUT("its header", about)
             scores = _scores_of(tensors)
         except DamagedFileError as error:
-            raise unreadable(error, "score again") from error
+            raise unreadable(error, "give a file of `lightning-trak score`, or score again") from error
         except (KeyError, ValueError) as error:
             raise ValueError(f'"{path}" is not a file of `lightning-trak score`: {error}') from error
         used, meaning = tensors.get("used_masks"), about.get("meaning", "")

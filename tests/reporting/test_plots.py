@@ -143,3 +143,11 @@ def test_missing_package(monkeypatch, draw):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match=r'^pictures need matplotlib: pip install "lightning-trak\[plots\]"$'):
         draw()
+
+
+def test_what_can_be_no_file_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "a.html").mkdir()
+    for path, error in (("file/a.html", NotADirectoryError), ("a.html", IsADirectoryError)):
+        with pytest.raises(error, match="use another path"):
+            kind_of_file(tmp_path / path)
