@@ -124,10 +124,12 @@ def require_positions(indices: Sequence[int], num_targets: int) -> None:
     """Check the positions of targets to show.
 
     Raises:
-        TypeError: if they are a mask, whose bools would count as 0 and 1.
+        TypeError: if they are a number, or a mask, whose bools would count as 0 and 1.
         ValueError: if there are none.
         IndexError: if there is no target with one of the positions.
     """
+    if isinstance(indices, int):
+        raise TypeError(f"targets are named by a list of positions, such as [{indices}], got {indices}")
     if not len(indices):
         raise ValueError("expected the position of at least one target, got none")
     for index in indices:

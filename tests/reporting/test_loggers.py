@@ -296,6 +296,20 @@ def test_best_scores_that_do_not_fit_are_refused(tmp_path):
         log_attributions([logger], best, TRAIN, TARGETS, shown=[-1])
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"shown": 3}, TypeError, r"a list of positions, such as \[3\], got 3"),
+        ({"image": lambda item: None}, TypeError, "image must return a Tensor, got a NoneType"),
+        ({"image": lambda item: item[0]}, ValueError, r"image \(height, width\) or .*, got \(6,\)"),
+        ({"image": lambda item: item[0].view(6, 1, 1)}, ValueError, r"or \(1 or 3, height, width\), got \(6, 1, 1\)"),
+    ],
+)
+def test_what_cannot_be_logged(tmp_path, options, error, match):
+    with pytest.raises(error, match=match):
+        log_attributions([CSVLogger(tmp_path)], SCORES, TRAIN, TARGETS, k=1, **options)
+
+
 def test_tables_survive_awkward_cells():
     table = Table(("a", "b"), [("x|y\nz", 1 / 3), (5, 'one, "two"')])
     assert table.markdown().splitlines() == ["| a | b |", "| --- | --- |", "| x\\|y z | 0.3333 |", '| 5 | one, "two" |']

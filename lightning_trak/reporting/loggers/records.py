@@ -101,16 +101,16 @@ def log_attributions(
         step: the step at which the loggers show them.
 
     Raises:
-        TypeError: if ``describe`` returns something other than a str.
-        ValueError: if the sizes of scores and datasets differ, ``largest`` contradicts the scores, or one is not
-            finite.
+        TypeError: if ``describe`` returns something other than a str, or ``image`` something other than a Tensor.
+        ValueError: if the sizes of scores and datasets differ, ``largest`` contradicts the scores, one is not finite,
+            or an image has another shape.
         IndexError: if there is no target with one of the positions.
     """
     k = positive("k", k)
     saved = SavedScores(scores, len(train), "", largest)
     saved.require_scores("cannot log these scores")
     require_data(saved, train, targets)
-    rows = list(range(min(8, len(targets))) if shown is None else shown)
+    rows = range(min(8, len(targets))) if shown is None else shown
     require_positions(rows, len(targets))
     writers = writers_for(loggers)
     if not writers:
@@ -147,7 +147,10 @@ def require_logging(loggers: Loggers, images: bool, lds: bool) -> None:
 
 def _example(dataset: Any, describe: Describe | None, image: Callable[[Any], Tensor] | None, index: int) -> Example:
     item = dataset[index]
-    return Example(described(describe, item) if describe else f"#{index}", image(item) if image else None)
+    picture: Any = image(item) if image else None
+    if image is not None and not isinstance(picture, Tensor):
+        raise TypeError(f"image must return a Tensor, got a {type(picture).__name__}")
+    return Example(described(describe, item) if describe else f"#{index}", picture)
 
 
 def _figure(explanations: Sequence[Explanation]) -> Figure:
