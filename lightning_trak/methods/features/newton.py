@@ -15,8 +15,7 @@ from lightning_trak.checkpoints.reading import CheckpointsLike
 from lightning_trak.checks import number_or_auto, real, require_one_of, require_options
 from lightning_trak.features.passes.pipeline import FeaturePipeline
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.methods.features.base import FeatureMethod
-from lightning_trak.methods.features.options import FeatureOptions
+from lightning_trak.methods.features.base import FeatureMethod, FeatureOptions
 from lightning_trak.methods.showing import RAISES_OUTPUT
 from lightning_trak.outputs.predictions import SeveralPredictions
 from lightning_trak.running.data.sources import Data
