@@ -15,8 +15,8 @@ from lightning_trak.methods.base import Method
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.base import better_when_higher
-from lightning_trak.reporting.explanations import Describe
-from lightning_trak.reporting.loggers.records import log_attributions, log_lds
+from lightning_trak.reporting.explanations import Describe, require_positions
+from lightning_trak.reporting.loggers.records import log_attributions, log_lds, require_logging
 from lightning_trak.retraining import Retrained
 from lightning_trak.running.data.sources import Data, datamodule_of, single_loader
 from lightning_trak.texts.display import Displayed
@@ -55,6 +55,8 @@ class AttributionEvaluation(Displayed, Callback):
         TypeError: if an argument has a wrong type or name, before training.
         ValueError: if ``k`` is not positive, or if ``retrained`` has fewer than 3 subsets, or equal ones. Before
             training, or after it with a data module: if ``retrained`` is of other data, or of one target alone.
+        IndexError: then, too, if ``shown`` has a position that no target has.
+        ModuleNotFoundError: before training, if a logger needs pictures and matplotlib is not installed.
 
     Attributes:
         scores: by name of the method, for those that have run: a Tensor ``(num_targets, num_train)``.
@@ -104,7 +106,11 @@ class AttributionEvaluation(Displayed, Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse data that do not fit before the training. A data module may not be ready yet."""
+        """Refuse before the training what cannot be logged, and data that do not fit.
+
+        A data module may not be ready yet.
+        """
+        self._require_logging(trainer)
         if datamodule_of(self.train) is None and datamodule_of(self.targets) is None:
             self._datasets(trainer)
 
@@ -126,6 +132,7 @@ class AttributionEvaluation(Displayed, Callback):
             ValueError: if ``retrained`` has a subset whose model is a checkpoint of a method, or a method is about the
                 loss where that is not better when the output is higher.
         """
+        self._require_logging(trainer)
         train, targets = self._datasets(trainer)
         for name, make_method in self.methods.items():
             method = make_method(module)
@@ -140,10 +147,17 @@ class AttributionEvaluation(Displayed, Callback):
                 self.lds[name] = lds
                 log_lds(trainer.loggers, lds, f"lds/{name}", step)
 
+    def _require_logging(self, trainer: Trainer) -> None:
+        """Raise if results cannot be written to the Trainer's loggers."""
+        require_logging(trainer.loggers, self.shown.get("image") is not None, self.retrained is not None)
+
     def _datasets(self, trainer: Trainer) -> tuple[Any, Any]:
         """The training set and the targets, which must be those of the ground truth."""
         train: Any = single_loader(self.train, "fit", trainer).dataset
         targets: Any = single_loader(self.targets, "predict", trainer).dataset
+        shown = self.shown.get("shown")
+        if shown is not None:
+            require_positions(shown, len(targets))
         if self.retrained is not None:
             truth = len(self.retrained.outputs), self.retrained.masks.shape[-1]
             if truth != (len(targets), len(train)):
@@ -152,7 +166,10 @@ class AttributionEvaluation(Displayed, Callback):
                     f" there are {len(targets)} targets and {len(train)} training examples; pass the data of the fleet"
                 )
             if len(targets) < 2:
-                raise ValueError("the interval of a linear datamodeling score needs at least 2 targets, got 1")
+                raise ValueError(
+                    "the interval of a linear datamodeling score needs at least 2 targets, got 1; give more targets, or"
+                    " leave retrained out"
+                )
         return train, targets
 
     def _metric(self, method: Method) -> LinearDatamodelingScore | None:

@@ -121,7 +121,7 @@ class FabricSnapshots:
             RuntimeError: inside ``with``, which has taken the directory for a new run.
         """
         if self._writer is not None:
-            raise RuntimeError("load the state before with: FabricSnapshots has begun a new run already")
+            raise RuntimeError("load the state before with: inside it, FabricSnapshots has begun a new run already")
         self._run, self._step = state["run"], state["step"]
 
     def __enter__(self) -> Self:

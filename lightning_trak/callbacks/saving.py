@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from types import NoneType
 from typing import Any, TypeVar, cast
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -35,6 +36,7 @@ def intervals(
         train_time_interval: as the user gave it.
 
     Raises:
+        TypeError: if the time is no timedelta.
         ValueError: if several triggers are given, a number is not a positive integer, or the time is negative.
     """
     counts = {"every_n_epochs": every_n_epochs, "every_n_train_steps": every_n_train_steps}
@@ -43,6 +45,11 @@ def intervals(
     if len(given) > 1:
         raise ValueError(f"expected at most one trigger, got {' and '.join(sorted(given))}; use a {kind} for each")
     epochs, steps = (None if count is None else positive(name, count) for name, count in counts.items())
+    if not isinstance(train_time_interval, (timedelta, NoneType)):
+        raise TypeError(
+            "train_time_interval must be a datetime.timedelta, such as timedelta(minutes=30), got"
+            f" {train_time_interval!r}"
+        )
     if train_time_interval is not None and train_time_interval < timedelta():
         raise ValueError(f"train_time_interval must not be negative, got {train_time_interval}")
     return (epochs if given else 1), steps

@@ -25,7 +25,7 @@ from lightning_trak.storage.locations import Location, locate
 
 _HEADER = "lightning_trak"
 _MAX_HEADER_BYTES = 100_000_000  # as in safetensors
-_ADVICE = "restore it from a copy, or pass a list of the paths of other snapshots"
+_ADVICE = "restore it from a copy or make it again, or pass a list of the paths of other snapshots"
 
 # The dtypes that all versions of safetensors know; others are stored as bytes.
 _NATIVE = {

@@ -17,7 +17,7 @@ from lightning_trak.reporting.items import item_label, item_text
 from lightning_trak.reporting.plots import plot_mislabel_curves
 from lightning_trak.scoring.groups import Label
 from lightning_trak.storage.files import write_atomically
-from lightning_trak.storage.paths import local_file
+from lightning_trak.storage.user_files import new_file
 from lightning_trak.texts.printable import counted, encodable, printable
 from lightning_trak.texts.tables import Cell, Table
 
@@ -94,7 +94,7 @@ class Ranking:
             ValueError: if the path is a URL.
         """
         text = self.table(describe).csv()
-        write_atomically(local_file(path, "file"), lambda file: file.write_text(text, encoding="utf-8", newline=""))
+        write_atomically(new_file(path), lambda file: file.write_text(text, encoding="utf-8", newline=""))
 
     def to_parquet(self, path: str | os.PathLike[str], describe: Describe | None = None) -> None:
         """Write the examples to a Parquet file, which replaces one that is there. Needs the extra ``parquet``.
@@ -111,7 +111,7 @@ class Ranking:
         with needs_extra("parquet", "Parquet files, other than CSV files, need pyarrow"):
             import pyarrow as pa
             from pyarrow import parquet
-        place = local_file(path, "file")
+        place = new_file(path)
         columns = {name: _of_one_type(cells) for name, cells in self._columns(describe).items()}
         types = {"position": pa.int64(), "score": pa.float64()}
         table = pa.table({name: pa.array(cells, types.get(name)) for name, cells in columns.items()})

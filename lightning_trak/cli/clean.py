@@ -13,11 +13,12 @@ from lightning_trak.cleaning import Ranking, duplicates, harmful, useful, wrong_
 from lightning_trak.methods import LabelStatistic, Method
 from lightning_trak.reporting.explanations import Describe
 from lightning_trak.reporting.items import item_label
-from lightning_trak.reporting.plots import plot_mislabel_curves
+from lightning_trak.reporting.plots import plot_mislabel_curves, require_drawing
 from lightning_trak.running.data.sources import single_loader
 from lightning_trak.scoring.groups import Label
 from lightning_trak.storage.files import write_atomically
 from lightning_trak.storage.paths import local_file
+from lightning_trak.storage.user_files import new_file
 from lightning_trak.texts.printable import counted, printable
 
 Find = Literal["wrong_labels", "harmful", "useful", "duplicates"]
@@ -50,8 +51,11 @@ def require_options(
     for path in (out, plot):
         if path is not None:
             local_file(path, "file")
-    _require_package("pyarrow", "parquet", out, ".parquet")
-    _require_package("matplotlib", "plots", plot, ".png")
+    if out is not None and Path(out).suffix == ".parquet":
+        with needs_extra("parquet", ".parquet needs pyarrow"):
+            import_module("pyarrow")
+    if plot is not None:
+        require_drawing()
 
 
 def find_examples(
@@ -116,7 +120,8 @@ def write_ranking(
     )
     if plot is not None:
         figure = plot_mislabel_curves({name: curve})
-        write_atomically(local_file(plot, "file"), lambda path: figure.savefig(path, format="png", dpi=150))
+        write_atomically(new_file(plot), lambda path: figure.savefig(path, format="png", dpi=150))
+        print(f"the detection curve is drawn in {printable(plot)}")
 
 
 def _labels(dataset: Any) -> list[Label]:
@@ -135,10 +140,3 @@ def _labels(dataset: Any) -> list[Label]:
             )
         labels.append(label)
     return labels
-
-
-def _require_package(package: str, extra: str, path: str | None, suffix: str) -> None:
-    if path is None or Path(path).suffix != suffix:
-        return
-    with needs_extra(extra, f"{suffix} needs {package}"):
-        import_module(package)

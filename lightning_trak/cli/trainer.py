@@ -45,6 +45,8 @@ class AttributionTrainer(L.Trainer):
             part: such as 3/16, to compute only the third of sixteen parts; default: all.
         """
         method.featurize(self, datamodule, shard_size, overwrite=overwrite, on_nan=on_nan, part=part)
+        if self.is_global_zero:
+            print(f"{type(method).__name__}: features in {printable(str(method.store))}")
 
     def score(
         self,
@@ -173,6 +175,8 @@ class AttributionTrainer(L.Trainer):
             texts = method.describe_predictions(self, datamodule, targets)
             explanations = [each._replace(prediction=text) for each, text in zip(explanations, texts, strict=True)]
         show(explanations, f"{saved.method}: {counted(saved.num_train, 'training example')}", out, saved.meaning)
+        if out is not None and self.is_global_zero:
+            print(f"{printable(saved.method)}: {counted(len(explanations), 'target')} in {printable(out)}")
 
 
 def _heading(saved: SavedScores) -> str:

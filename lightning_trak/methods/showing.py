@@ -97,8 +97,6 @@ class Showing(Displayed):
             TypeError: if scores are of another type, ``shown`` is a number, or ``describe`` does not return a str.
         """
         kind_of_file(out)  # raises before the work
-        if isinstance(shown, int):
-            raise TypeError(f"shown takes positions of targets, such as shown=[{shown}], got {shown}")
         trainer = trainer_of(trainer, progress_bar=False)
         train_set, target_set = Examples(train, "fit", trainer), Examples(targets, "predict", trainer)
         num_train = None if isinstance(scores, Tensor) else self._num_train()  # a matrix has its own number
@@ -110,7 +108,7 @@ class Showing(Displayed):
             )
         saved = SavedScores(scores, len(train_set) if num_train is None else num_train, type(self).__name__, largest)
         saved.require_scores("cannot show these scores")
-        chosen = range(min(5, len(target_set))) if shown is None else list(shown)
+        chosen = range(min(5, len(target_set))) if shown is None else shown
         describe = describe or describe_of(targets, train, getattr(self, "model", None))
         datasets = [cast(Any, examples.loader.dataset) for examples in (train_set, target_set)]
         explanations = explain(saved, chosen, k, datasets[0], datasets[1], describe)
@@ -123,7 +121,7 @@ class Showing(Displayed):
             )
         if predictions:
             try:
-                texts = self.describe_predictions(trainer, targets, chosen, output)
+                texts = self.describe_predictions(trainer, targets, list(chosen), output)
             except _NoBatchesError as error:
                 warnings.warn(f"no predictions are shown: {error}", stacklevel=2)
             else:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_trak.fingerprints import object_fingerprint
 
-_NOT_IDENTITY = frozenset(["fingerprint", "prediction", "describe_prediction"])  # features do not depend on them
+# Features do not depend on what these methods tell people.
+_NOT_IDENTITY = frozenset(["fingerprint", "prediction", "describe_prediction", "explain_nan", "suspicion"])
 
 
 class ModelOutput(ABC):
@@ -206,9 +207,10 @@ class ModelOutput(ABC):
     def fingerprint(self) -> dict[str, Any]:
         """Identity of this output, in JSON's types: features made with another output must not be mixed with its own.
 
-        Its class, its attributes and the code of its methods, with all functions and values that they refer to. Code of
-        installed packages stands by its name. Attributes that its own methods assign, such as counters, are left out,
-        and those that begin with an underscore unless a method reads them.
+        Its class, its attributes and the code of its methods, with all functions and values that they refer to. Methods
+        that only make texts for people are left out. Code of installed packages stands by its name. Attributes that its
+        own methods assign, such as counters, are left out, and those that begin with an underscore unless a method
+        reads them.
 
         Raises:
             TypeError: if a public attribute holds what has no content, such as a lock or an open file.

@@ -154,7 +154,7 @@ def metasmoothness(
             rounded.append(movement(torch.ones(run.num_train), _neighbour(run.start, run.player.dtype, generator)))
     value = sum(values) / repeats
     signal, noise = (float(torch.stack(squares).mean()) for squares in (moved, rounded))
-    ceiling = noise_ceiling(signal, noise)
+    ceiling = rounding_ceiling(signal, noise)
     smooth = value >= SMOOTH_VALUE and ceiling >= SMOOTH_CEILING
     words = f"metasmoothness {value:.2f} (smooth from {SMOOTH_VALUE}), noise ceiling {ceiling:.2f} ({SMOOTH_CEILING})."
     if smooth:
@@ -202,7 +202,7 @@ def agreement(base: TrainingState, once: TrainingState, twice: TrainingState) ->
     return agreeing / total if total else 1.0
 
 
-def noise_ceiling(moved: float, rounding: float) -> float:
+def rounding_ceiling(moved: float, rounding: float) -> float:
     """The highest correlation that scores can have with outputs of retrained models.
 
     Args:

@@ -124,10 +124,12 @@ def require_positions(indices: Sequence[int], num_targets: int) -> None:
     """Check the positions of targets to show.
 
     Raises:
-        TypeError: if they are a mask, whose bools would count as 0 and 1.
+        TypeError: if they are a number, or a mask, whose bools would count as 0 and 1.
         ValueError: if there are none.
         IndexError: if there is no target with one of the positions.
     """
+    if isinstance(indices, int):
+        raise TypeError(f"targets are named by a list of positions, such as [{indices}], got {indices}")
     if not len(indices):
         raise ValueError("expected the position of at least one target, got none")
     for index in indices:
@@ -164,7 +166,8 @@ def explain(
         k: how many proponents and how many opponents each target gets.
         train: the training set, a map-style Dataset.
         targets: the targets, a map-style Dataset.
-        describe: makes a text of an item. Default: :func:`~lightning_trak.reporting.items.describe_item`.
+        describe: makes a text of an item. Default: :func:`~lightning_trak.reporting.items.describe_item`; beside an
+            image, without shapes.
 
     Returns:
         An explanation for each of ``indices``, in that order.
@@ -180,7 +183,8 @@ def explain(
 
     def example(dataset: Any, index: int) -> Example:
         item = dataset[index]
-        return Example(described(describe or describe_item, item), find_image(item))
+        image = find_image(item)
+        return Example(described(describe or partial(describe_item, shapes=image is None), item), image)
 
     read = partial(example, train)
     return [explained(index, saved.best(index, k), example(targets, index), read) for index in indices]

@@ -152,26 +152,24 @@ def _colour(score: float, scale: float) -> str:
 
 def _section(explanation: Explanation) -> str:
     kind = "text" if explanation.target.image is None else "images"
-    figure = _figure(explanation.target, "", explanation.prediction)
+    figure = _figure(explanation.target, prediction=explanation.prediction)
     target = f'<div class="target">\n<h2>target {explanation.position}</h2>\n{figure}\n</div>'
     groups = []
     for name, entries in explanation.groups.items():
-        figures = "\n".join(
-            _figure(entry.example, f"<b>{entry.score:+.3g}</b> #{entry.position}<br>") for entry in entries
-        )
+        figures = "\n".join(_figure(entry.example, f"<b>{entry.score:+.3g}</b> #{entry.position}") for entry in entries)
         head = f"<h3>{heading(name, entries)}</h3>"
         groups.append(f'<div class="group {name}">\n{head}\n<div class="row">\n{figures}\n</div>\n</div>')
     return f'<section class="{kind}">\n{target}\n<div class="groups">\n' + "\n".join(groups) + "\n</div>\n</section>"
 
 
-def _figure(example: Example, caption: str, prediction: str | None = None) -> str:
+def _figure(example: Example, score: str = "", prediction: str | None = None) -> str:
     text, image = html.escape(shortened(example.text, 2000)), ""
     if example.image is not None:
         data = base64.b64encode(_png(example.image)).decode()
         kind = ' class="small"' if example.image.shape[-1] <= _SMALL else ""
         image = f'<img{kind} alt="{text}" src="data:image/png;base64,{data}">'
-    below = "" if prediction is None else f"<br>{html.escape(printable(prediction))}"
-    return f"<figure>{image}<figcaption>{caption}{text}{below}</figcaption></figure>"
+    caption = "<br>".join(filter(None, (score, text, html.escape(printable(prediction or "")))))
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def _png(image: Tensor) -> bytes:

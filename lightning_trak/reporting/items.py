@@ -10,17 +10,18 @@ from torch import Tensor
 _MOST_LABELS = 100  # of an item: a longer vector of zeros and ones is data
 
 
-def describe_item(item: Any) -> str:
+def describe_item(item: Any, shapes: bool = True) -> str:
     """The strings and numbers in an item, such as ``"label: 3"``. If it holds none, the shapes of its arrays.
 
     If the last element of a tuple or list is a number, it is taken for the label; zeros and ones are taken for several.
 
     Args:
         item: of a dataset, before collation.
+        shapes: whether shapes are given; beside an image they say nothing.
     """
     fields = _fields(item)
     texts = [(name, text) for name, value in fields if (text := _text_of(name, value)) is not None]
-    if not texts:
+    if not texts and shapes:
         texts = [(name, _shape(value)) for name, value in fields]
     return ", ".join(f"{name}: {text}" if name else text for name, text in texts)
 

@@ -264,6 +264,15 @@ def plot_histogram(values: Tensor, label: str) -> "Figure":
     return _plain(figure)
 
 
+def require_drawing() -> None:
+    """Refuse before long work what cannot be drawn after it.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed.
+    """
+    _figure(1, 1)
+
+
 def _figure(width: float, height: float) -> "Figure":
     """A figure of some inches that needs no display.
 
@@ -309,6 +318,9 @@ def _picture(example: "Example", name: str, *more: str) -> Picture:
 
 
 def _draw(axis: "Axes", picture: Picture, colour: str) -> None:
+    shape = tuple(picture.image.shape)
+    if len(shape) != 2 and (len(shape) != 3 or shape[0] not in (1, 3)):
+        raise ValueError(f"expected an image (height, width) or (1 or 3, height, width), got {shape}")
     pixels = picture.image.detach().cpu().to(torch.float32)
     if pixels.ndim == 3:
         pixels = pixels.permute(1, 2, 0).squeeze(2)

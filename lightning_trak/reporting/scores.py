@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_trak.scoring.topk import BothEnds, Scores, TopK, rows_of, strongest
-from lightning_trak.storage.files import DamagedFileError, load_tensors, remove_leftovers, save_tensors
-from lightning_trak.storage.paths import local_file
+from lightning_trak.storage.files import DamagedFileError, load_tensors, save_tensors
 from lightning_trak.storage.schemas import boolean, integer, record, sha256, text
-from lightning_trak.storage.user_files import existing_path, unreadable
+from lightning_trak.storage.user_files import existing_path, new_file, unreadable
 
 _ABOUT = record(
     {"sha256": sha256, "checksum": sha256, "num_train": integer(1, 1 << 40), "method": text(), "largest": boolean},
@@ -57,7 +56,7 @@ class SavedScores(NamedTuple):
             _ABOUT("its header", about)
             scores = _scores_of(tensors)
         except DamagedFileError as error:
-            raise unreadable(error, "score again") from error
+            raise unreadable(error, "give a file of `lightning-trak score`, or score again") from error
         except (KeyError, ValueError) as error:
             raise ValueError(f'"{path}" is not a file of `lightning-trak score`: {error}') from error
         used, meaning = tensors.get("used_masks"), about.get("meaning", "")
@@ -72,14 +71,12 @@ class SavedScores(NamedTuple):
             ValueError: if scores are not finite or do not fit ``num_train``. Nothing is written, and a file that is
                 there stays as it is.
         """
-        path = local_file(path, "file of scores")
         self.require_scores(f'cannot write "{path}"')
-        remove_leftovers(path.parent)
         tensors = _tensors_of(self.scores)
         if self.used_masks is not None:
             tensors["used_masks"] = self.used_masks
         save_tensors(
-            path,
+            new_file(path, "file of scores"),
             tensors,
             num_train=self.num_train,
             method=self.method,

@@ -10,23 +10,30 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_trak.reporting.explanations import Explanation, explanations_table
 from lightning_trak.reporting.html import page, part
-from lightning_trak.reporting.plots import plot_explanations
+from lightning_trak.reporting.plots import plot_explanations, require_drawing
 from lightning_trak.reporting.terminal import table
 from lightning_trak.storage.files import write_atomically
 from lightning_trak.storage.paths import local_file
+from lightning_trak.storage.user_files import new_file
 
 KINDS = (".png", ".html", ".csv")
 
 
 def kind_of_file(out: str | os.PathLike[str] | None) -> str | None:
-    """The kind of the file that a user wants; None: no file.
+    """The kind of the file that a user wants; None: no file. Call this before the work that the file is for.
 
     Raises:
-        ValueError: if it is another kind than ``.png``, ``.html`` and ``.csv``.
+        ValueError: if it is another kind than ``.png``, ``.html`` and ``.csv``, or a URL.
+        OSError: if there can be no file at the path.
+        ModuleNotFoundError: if it is a picture, and matplotlib is not installed.
     """
     kind = None if out is None else Path(out).suffix
     if kind not in (None, *KINDS):
         raise ValueError(f'out must end in .png, .html or .csv, got "{out}"; for a table in the terminal, leave it out')
+    if out is not None:
+        local_file(out, "file")
+    if kind == ".png":
+        require_drawing()
     return kind
 
 
@@ -66,7 +73,7 @@ def show(
             text = explanations_table(explanations).csv() if kind == ".csv" else page(explanations, title, meaning)
             path.write_text(text, encoding="utf-8", newline="")
 
-    write_atomically(local_file(out, "file"), write)
+    write_atomically(new_file(out), write)
 
 
 def _in_notebook() -> bool:

@@ -45,8 +45,10 @@ def local_file(path: str | os.PathLike[str], what: str) -> Path:
     Raises:
         ValueError: as :func:`local_path`.
         IsADirectoryError: if there is a directory.
+        NotADirectoryError: if its folder, or one of that folder's parents, exists and is not a directory.
     """
     file = local_path(path, what)
+    local_directory(file.parent, what)
     if file.is_dir():
         raise IsADirectoryError(f'"{file}" is a directory, and a {what} would take its place; use another path')
     return file

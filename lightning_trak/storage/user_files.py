@@ -1,11 +1,12 @@
 """Files that a user names. If one is missing or cannot be read, the error says what to do."""
 
+import os
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lightning_trak.storage.files import DamagedFileError
-from lightning_trak.storage.paths import local_path
+from lightning_trak.storage.files import DamagedFileError, remove_leftovers
+from lightning_trak.storage.paths import local_file, local_path
 
 
 def existing_path(path: str | Path, advice: str) -> Path:
@@ -25,6 +26,22 @@ def existing_path(path: str | Path, advice: str) -> Path:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(f'there is no file "{path}"; {advice}') from error
     return path
+
+
+def new_file(path: str | os.PathLike[str], what: str = "file") -> Path:
+    """The path of a file that is now to be written. What killed processes have left in its folder is removed.
+
+    Args:
+        path: the path from the user.
+        what: what the path is for, in messages.
+
+    Raises:
+        ValueError: if the path is a URL.
+        IsADirectoryError: if there is a directory.
+    """
+    file = local_file(path, what)
+    remove_leftovers(file.parent)
+    return file
 
 
 def unreadable(error: DamagedFileError, advice: str) -> ValueError:

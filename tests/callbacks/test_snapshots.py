@@ -7,7 +7,7 @@ import uuid
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -244,6 +244,11 @@ def test_relative_directory_is_settled_when_fit_begins(tmp_path: Path, monkeypat
 def test_wrong_arguments(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         TRAKCallback(tmp_path, **options)
+
+
+def test_an_interval_in_seconds_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"a datetime\.timedelta, such as timedelta\(minutes=30\), got 1800"):
+        TRAKCallback(tmp_path, train_time_interval=cast(timedelta, 1800))
 
 
 def test_partitioned_weights_are_refused(tmp_path: Path) -> None:

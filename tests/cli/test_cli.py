@@ -176,7 +176,7 @@ def test_a_new_model_is_no_checkpoint(refused):
 
 def test_a_store_that_is_not_finished_is_named_in_one_line(run, refused, tmp_path):
     own = "--method.store", str(tmp_path / "store")
-    run("featurize", *SMALL, *own, "--part", "1/2")
+    assert "TRAK: features in " in run("featurize", *SMALL, *own, "--part", "1/2")
     said = refused("score", *SMALL, *own, "--scores", str(tmp_path / "scores"))
     assert "shards; call featurize again to finish it before scoring" in said
 
@@ -204,7 +204,8 @@ class Page(HTMLParser):
 
 
 def test_show_as_a_page(folder, run, scored):
-    run("show", *SMALL, "--targets", "[0, 5]", "--k", "4", "--out", "run/shown.html")
+    printed = run("show", *SMALL, "--targets", "[0, 5]", "--k", "4", "--out", "run/shown.html")
+    assert printed == "TRAK: 2 targets in run/shown.html\n"
     text = (folder / "run/shown.html").read_text()
     page = Page(text)
     assert len(page.images) == 2 * (1 + 4 + 4)
@@ -237,6 +238,7 @@ def test_wrong_labels_in_the_terminal_and_in_files(folder, run, refused, tmp_pat
     assert read_positions(out) == expected.positions[:6].tolist()
     picture = str(tmp_path / "found.png")
     printed = run("clean", *SMALL, "--wrong", str(out), "--plot", picture, "--k", "1")
+    assert printed.endswith(f"the detection curve is drawn in {picture}\n")
     assert "100% of 6 wrong examples are among the first 10%; area under the detection curve 0.950, at best 0.950" in (
         printed
     )

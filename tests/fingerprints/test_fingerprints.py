@@ -229,6 +229,14 @@ def test_an_output_is_used_without_a_change():
     assert copy.deepcopy(output).fingerprint() == before
 
 
+@pytest.mark.parametrize("method", ["explain_nan", "suspicion", "prediction", "describe_prediction"])
+def test_what_an_output_tells_people_does_not_count(method):
+    own = f"    def {method}(self, *given): return other_words()\n"
+    source = OUTPUT.replace("def make():", f"{own}def other_words(): return 'its label is wrong'\ndef make():")
+    assert source != OUTPUT
+    assert of(source) == of(OUTPUT)
+
+
 STATEFUL = """
 CACHE = {}
 class Net(L.LightningModule):

@@ -9,6 +9,8 @@ from tests.lit import make_model
 @pytest.mark.parametrize(
     ("made", "given", "message"),
     [
+        (methods.TRAK, "dampng", "TRAK got .* 'dampng': did you mean 'damping'"),
+        (methods.TRAK.paper, "outputt", "TRAK got .* 'outputt': did you mean 'output'"),
         (methods.TracIn, "outputt", "TracIn got .* 'outputt': did you mean 'output'"),
         (methods.TracIn, "learning_rate", "did you mean 'learning_rates'"),
         (methods.GradientDot, "preconditoned", "did you mean 'preconditioned'"),

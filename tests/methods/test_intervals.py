@@ -1,5 +1,7 @@
 """Intervals by bootstrap over targets, of means and sums that are kept without the matrix."""
 
+import logging
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -101,6 +103,13 @@ def test_what_does_not_fit_is_refused(store, options, error):
     method = TRAK(make_model(), make_checkpoints(1), store, projection=SparseProjection(24))
     with pytest.raises(ValueError, match=error):
         method.score(make_trainer(), TARGETS, **({"interval": 0.9} | options))
+
+
+def test_what_is_chosen_is_said_once(store, caplog):
+    method = TRAK(make_model(), make_checkpoints(1), store, projection=SparseProjection(24))
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        method.score(make_trainer(), TARGETS, top_k=2, aggregate="mean", interval=0.9)
+    assert sum("damping='auto' is" in line for line in caplog.messages) == 1
 
 
 def test_several_sets_are_refused(store):

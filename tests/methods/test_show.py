@@ -259,7 +259,7 @@ def test_a_data_module_that_draws_other_data_than_were_scored(tmp_path, seed, re
 
 
 def test_a_number_of_targets_in_place_of_positions(trak):
-    with pytest.raises(TypeError, match=r"shown takes positions of targets, such as shown=\[3\], got 3"):
+    with pytest.raises(TypeError, match=r"targets are named by a list of positions, such as \[3\], got 3"):
         trak.show(SCORES, TRAIN, TARGETS, shown=3)
 
 

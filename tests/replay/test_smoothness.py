@@ -19,7 +19,7 @@ from lightning_trak.replay.losses import declared_losses
 from lightning_trak.replay.player import Player
 from lightning_trak.replay.recording.states import TrainingState
 from lightning_trak.replay.reweighted import Reweighted
-from lightning_trak.replay.smoothness import advice, agreement, noise_ceiling, quick_value
+from lightning_trak.replay.smoothness import advice, agreement, quick_value, rounding_ceiling
 from tests.methods.metagradients import Linear
 from tests.replay.runs import NUM_TRAIN, Net, make_data, shuffled, train
 
@@ -48,10 +48,10 @@ def test_ceiling_is_the_correlation_of_the_signal_with_noisy_outputs() -> None:
     other = torch.randn(20_000, generator=generator)  # of the recorded run, drawn again each time
     moved, rounding = signal + noise[0] - other, noise[1] - other
     expected = torch.corrcoef(torch.stack([signal, signal + noise[0]]))[0, 1]
-    found = noise_ceiling(float(moved.square().mean()), float(rounding.square().mean()))
+    found = rounding_ceiling(float(moved.square().mean()), float(rounding.square().mean()))
     assert found == pytest.approx(float(expected), abs=0.01)
-    assert noise_ceiling(1.0, 0.0) == 1
-    assert noise_ceiling(1.0, 1.0) == noise_ceiling(1.0, 3.0) == noise_ceiling(0.0, 0.0) == 0
+    assert rounding_ceiling(1.0, 0.0) == 1
+    assert rounding_ceiling(1.0, 1.0) == rounding_ceiling(1.0, 3.0) == rounding_ceiling(0.0, 0.0) == 0
 
 
 def measured(module: L.LightningModule, directory: Path, trainer: L.Trainer, **options: Any) -> Smoothness:

@@ -58,6 +58,15 @@ def test_images_of_all_kinds():
         assert find_image(item) is None
 
 
+def test_an_image_without_a_label_has_no_words():
+    images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    saved = SavedScores(torch.tensor([[1.5, -2.0]]), 2, "TRAK")
+    captions = re.findall("<figcaption>(.*?)</figcaption>", page(explain(saved, [0], 1, images, images[:1]), "title"))
+    assert captions == ["", "<b>+1.5</b> #0", "<b>-2</b> #1"]
+    (explanation,) = explain(saved, [0], 1, torch.zeros(2, 9), torch.zeros(1, 9))
+    assert explanation.target.text == "float32 (9,)"
+
+
 def image_page(image):
     item = Example("an item", image)
     return page([Explanation(0, item, {"proponents": [Entry(0, 1.0, item)]})], "title")

@@ -74,11 +74,11 @@ def expected_metrics():
 
 def expected_rows():
     for target in (3, 0):
-        for kind, largest in (("proponent", True), ("opponent", False)):
+        for group, largest in (("proponents", True), ("opponents", False)):
             values, indices = SCORES[target].topk(2, largest=largest)
             for rank, (value, index) in enumerate(zip(values.tolist(), indices.tolist(), strict=True), start=1):
                 names = describe(TARGETS[target]), describe(TRAIN[index])
-                yield (target, names[0], kind, rank, index, names[1], value)
+                yield (target, names[0], "", group, rank, index, value, names[1])
 
 
 def read_events(directory):
@@ -121,10 +121,10 @@ def test_tensorboard_event_file_holds_everything(tmp_path):
     step, table = text(events, "attributions/table")
     assert step == 7
     lines = table.splitlines()
-    assert lines[0] == "| target | target is | kind | rank | example | example is | score |"
+    assert lines[0] == "| target | target\\_text | prediction | group | rank | position | score | text |"
     assert len(lines) == 2 + 2 * 2 * 2
     for line, row in zip(lines[2:], expected_rows(), strict=True):
-        assert line == "| " + " | ".join([*map(str, row[:-1]), f"{row[-1]:.4g}"]) + " |"
+        assert line == "| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row) + " |"
     assert text(events, "counterfactuals/table")[1] == make_brittleness().table().markdown()
 
 
@@ -249,20 +249,20 @@ def test_one_seed_has_no_noise_ceiling_and_names_are_positions(tmp_path):
     with (tmp_path / "run/attributions/table-step-0.csv").open() as file:
         rows = list(csv.reader(file))[1:]
     assert len(rows) == 8 * 2 * 50  # all examples there are
-    assert all(row[1] == f"#{row[0]}" and row[5] == f"#{row[4]}" for row in rows)
+    assert all(row[1] == f"#{row[0]}" and row[7] == f"#{row[5]}" for row in rows)
     with pytest.raises(ValueError, match="the scores are of 13 training examples, not 50"):
         log_attributions([logger], SCORES.T, TRAIN, TARGETS)
 
 
-@pytest.mark.parametrize(("largest", "kind"), [(True, "proponent"), (False, "opponent")])
-def test_the_best_scores_alone_give_the_same_rows(tmp_path, largest, kind):
+@pytest.mark.parametrize(("largest", "group"), [(True, "proponents"), (False, "opponents")])
+def test_the_best_scores_alone_give_the_same_rows(tmp_path, largest, group):
     logger = CSVLogger(tmp_path, name="", version="run")
     best = TopK(*SCORES.topk(5, largest=largest))
     options = {"k": 2, "shown": [3, 0], "describe": describe, "image": image, "largest": largest}
     log_attributions([logger], best, TRAIN, TARGETS, **options)
     with (tmp_path / "run/attributions/table-step-0.csv").open() as file:
         rows = list(csv.reader(file))[1:]
-    assert rows == [list(map(str, row)) for row in expected_rows() if row[2] == kind]
+    assert rows == [list(map(str, row)) for row in expected_rows() if row[3] == group]
     assert imread(tmp_path / "run/attributions/images-step-0.png").std() > 0.02
     log_attributions([logger], best, TRAIN, TARGETS, largest=largest, name="all")
     with (tmp_path / "run/all/table-step-0.csv").open() as file:
@@ -294,6 +294,20 @@ def test_best_scores_that_do_not_fit_are_refused(tmp_path):
         log_attributions([logger], best, TRAIN, TARGETS, shown=[True] * 13)
     with pytest.raises(IndexError, match="there is no target -1"):
         log_attributions([logger], best, TRAIN, TARGETS, shown=[-1])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"shown": 3}, TypeError, r"a list of positions, such as \[3\], got 3"),
+        ({"image": lambda item: None}, TypeError, "image must return a Tensor, got a NoneType"),
+        ({"image": lambda item: item[0]}, ValueError, r"image \(height, width\) or .*, got \(6,\)"),
+        ({"image": lambda item: item[0].view(6, 1, 1)}, ValueError, r"or \(1 or 3, height, width\), got \(6, 1, 1\)"),
+    ],
+)
+def test_what_cannot_be_logged(tmp_path, options, error, match):
+    with pytest.raises(error, match=match):
+        log_attributions([CSVLogger(tmp_path)], SCORES, TRAIN, TARGETS, k=1, **options)
 
 
 def test_tables_survive_awkward_cells():

@@ -15,6 +15,7 @@ from lightning_trak.reporting.plots import (
     plot_outcomes,
     plot_pictures,
 )
+from lightning_trak.reporting.showing import kind_of_file
 from tests.retraining.brittleness import make_brittleness
 
 
@@ -137,7 +138,16 @@ def test_histograms_leave_nans_out():
     assert axis.get_legend().get_texts()[0].get_text() == "mean 0.300"
 
 
-def test_missing_package(monkeypatch):
+@pytest.mark.parametrize("draw", [lambda: plot_histogram(torch.arange(6.0), "score"), lambda: kind_of_file("a.png")])
+def test_missing_package(monkeypatch, draw):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match=r'^pictures need matplotlib: pip install "lightning-trak\[plots\]"$'):
-        plot_histogram(torch.arange(6.0), "score")
+        draw()
+
+
+def test_what_can_be_no_file_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "a.html").mkdir()
+    for path, error in (("file/a.html", NotADirectoryError), ("a.html", IsADirectoryError)):
+        with pytest.raises(error, match="use another path"):
+            kind_of_file(tmp_path / path)

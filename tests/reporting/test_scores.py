@@ -100,7 +100,8 @@ def test_a_wrong_header_is_refused(tmp_path, about, said):
 def test_what_is_no_file_of_scores(tmp_path):
     save_file({"scores": SCORES}, tmp_path / "plain")
     with pytest.raises(
-        ValueError, match=r'plain" is truncated or altered \(its header lacks the checksum\); score again'
+        ValueError,
+        match=r'plain" is truncated or altered \(its header lacks the checksum\); give a file of .*, or score again',
     ):
         SavedScores.load(tmp_path / "plain")
     os.mkfifo(tmp_path / "fifo")

@@ -206,6 +206,7 @@ def featurized(checkpoints, tmp_path_factory):
         (DataLoader(TRAIN, batch_size=None), ValueError, r"makes no batches \(batch_size=None\)"),
         (DataLoader(Subset(TRAIN, []), batch_size=2), ValueError, "dataset is empty"),
         ([{"ids": [1, 2], "label": 0}] * 4, ValueError, "'ids' of an example is a list of 2 ints, and the default"),
+        ([{"file": Path("a.png"), "label": 0}] * 4, ValueError, "'file' of an example is a .*Path, and .* not take"),
         ([DataLoader(TRAIN), DataLoader(TRAIN)], ValueError, "one training set, got 2 loaders"),
     ],
 )

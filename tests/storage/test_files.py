@@ -343,6 +343,12 @@ def test_a_directory_is_no_file(tmp_path):
     assert local_file(tmp_path / "new", "file of scores") == tmp_path / "new"
     with pytest.raises(IsADirectoryError, match="is a directory, and a file of scores would take its place; use"):
         local_file(tmp_path, "file of scores")
+    (tmp_path / "file").write_text("")
+    for below in ("file/new", "file/deep/new"):
+        with pytest.raises(
+            NotADirectoryError, match=r'file" is a file, not a directory, so it cannot hold a file of sc'
+        ):
+            local_file(tmp_path / below, "file of scores")
 
 
 def test_something_else_in_the_place_of_a_directory(tmp_path):

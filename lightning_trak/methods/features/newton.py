@@ -9,20 +9,15 @@ import lightning as L
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
-from lightning_trak.checks import number_or_auto, real, require_one_of
-from lightning_trak.features.dtypes import Dtype
-from lightning_trak.features.engines import EngineName
+from lightning_trak.checks import number_or_auto, real, require_one_of, require_options
 from lightning_trak.features.passes.pipeline import FeaturePipeline
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.gradients import ParameterSelection
-from lightning_trak.methods.features.base import FeatureMethod
+from lightning_trak.methods.features.base import FeatureMethod, FeatureOptions
 from lightning_trak.methods.showing import RAISES_OUTPUT
-from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.predictions import SeveralPredictions
-from lightning_trak.projections import Projection
 from lightning_trak.running.data.sources import Data
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.strategies import refuse_spawning
@@ -52,21 +47,15 @@ class NewtonMethod(FeatureMethod):
         checkpoints: CheckpointsLike | None = None,
         store: str | Path | None = None,
         *,
-        output: ModelOutput | None = None,
-        projection: Projection | None = None,
         curvature: CurvatureChoice = "auto",
         damping: Damping = "auto",
         loss_gradients: LossGradients = "per_checkpoint",
         soft_threshold: float = 0.0,
         temperature: Temperature | None = None,
         lag: Lag = "auto",
-        parameters: ParameterSelection = None,
-        engine: EngineName = "auto",
-        seed: int = 0,
-        dtype: Dtype | None = None,
-        weights_only: bool = True,
-        audit: int = 2,
+        **options: Unpack[FeatureOptions],
     ) -> None:
+        require_options(type(self), options, FeatureOptions)
         require_one_of("curvature", curvature, ("gauss_newton", "identity", "per_prediction", "auto"))
         require_one_of("loss_gradients", loss_gradients, ("per_checkpoint", "averaged"))
         if not 0 <= real("soft_threshold", soft_threshold) < float("inf"):
@@ -76,19 +65,7 @@ class NewtonMethod(FeatureMethod):
         self.soft_threshold = soft_threshold
         self.temperature = require_temperature(temperature, loss_gradients)
         self.lag = number_or_auto("lag", lag, 1)
-        super().__init__(
-            model,
-            checkpoints,
-            store,
-            output=output,
-            projection=projection,
-            parameters=parameters,
-            engine=engine,
-            seed=seed,
-            dtype=dtype,
-            weights_only=weights_only,
-            audit=audit,
-        )
+        super().__init__(model, checkpoints, store, **options)
         self.curvature = self._chosen(curvature)
 
     @property

@@ -36,6 +36,7 @@ from lightning_trak.running.data.loading import batch_size_of, num_examples
 from lightning_trak.running.data.sources import Data, datamodule_of
 from lightning_trak.running.strategies import require_whole_parameters, shards_model
 from lightning_trak.running.trainers import trainer_of
+from lightning_trak.scoring.base import Scorer
 from lightning_trak.scoring.intervals import Interval, bounds, with_bounds
 from lightning_trak.scoring.newton.trak import TRAKScorer
 from lightning_trak.scoring.targets import Kept, Others, score_targets
@@ -221,9 +222,23 @@ class ScoredMethod(TokenMethod):
         require_options(self.score, question, Question)
         require_ends(top_k, largest)
         trainer = trainer_of(trainer)
+        self._require_trainer(trainer)
         if interval is not None:
             return self._with_interval(trainer, data, interval, top_k, largest, rescore, train, question)
-        self._require_trainer(trainer)
+        return self._score(trainer, data, top_k, largest, rescore, train, question)
+
+    def _score(
+        self,
+        trainer: L.Trainer,
+        data: Any,
+        top_k: int | None,
+        largest: bool | None,
+        rescore: int | None,
+        train: Any,
+        question: Question,
+        scorer: Scorer | None = None,
+    ) -> Any:
+        """See :meth:`score`. A scorer that is given may have done its work for other targets already."""
         positions = cast(Positions, train) if is_positions(train) else None
         given = _others_in(train, trainer)
         second = None if rescore is None else self._second_stage(trainer, top_k, rescore, given, positions)
@@ -237,7 +252,7 @@ class ScoredMethod(TokenMethod):
         num_columns = store.num_examples if others is None else len(others)
         columns = train_columns(positions, question.get("train_groups"), num_columns)
         rows = target_rows(question, [num_examples(loader) for loader in loaders])
-        scorer = self.make_scorer(store)
+        scorer = scorer or self.make_scorer(store)
         if second is not None:
             second.require_possible(store, features.model.size, question)
         copy_model = partial(pipeline.copy_model, trainer)
@@ -295,14 +310,15 @@ class ScoredMethod(TokenMethod):
         (rows,) = target_rows(question, [num_examples(loader)])
         require_interval(interval, rows)
         assert rows is not None
-        found = cast(Scores, self.score(trainer, data, top_k, largest, train=train, **question))
+        scorer = self.make_scorer(TargetFeatures(self._pipeline(), trainer).store)  # fitted once, for both passes
+        found = cast(Scores, self._score(trainer, data, top_k, largest, None, train, question, scorer))
         each: Any = {name: value for name, value in question.items() if name not in ("aggregate", "groups")}
         positions = None
         if top_k is not None and question.get("train_groups") is None:
             positions = torch.unique(all_indices(cast("TopK | BothEnds", found)))
             others = _others_in(train, trainer)
             train = positions if others is None else _some(others, positions)
-        scores = self.score(trainer, data, train=train, **each)
+        scores = self._score(trainer, data, None, None, None, train, each, scorer)
         return with_bounds(found, bounds(scores, rows, aggregate == "mean", interval), positions)
 
     def _second_stage(

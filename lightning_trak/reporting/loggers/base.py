@@ -102,9 +102,21 @@ def writers_for(loggers: Iterable[Logger]) -> list[LoggerWriter]:
     """
     if getattr(rank_zero_only, "rank", 0):
         return []
+    return [kind(logger) for kind, logger in zip(writer_kinds(loggers), loggers, strict=True)]
+
+
+def writer_kinds(loggers: Iterable[Logger]) -> list[type[LoggerWriter]]:
+    """The class of the writer for each logger, on every rank.
+
+    Args:
+        loggers: such as ``trainer.loggers``.
+
+    Raises:
+        TypeError: if these are no loggers of Lightning.
+    """
     if not isinstance(loggers, Iterable):
         raise TypeError(f"loggers must be a list of loggers, such as trainer.loggers, got a {type(loggers).__name__}")
-    return [_writer_of(logger)(logger) for logger in loggers]
+    return list(map(_writer_of, loggers))
 
 
 def _writer_of(logger: Logger) -> type[LoggerWriter]:

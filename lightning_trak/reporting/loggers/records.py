@@ -19,14 +19,20 @@ from lightning_trak.reporting.explanations import (
     Explanation,
     described,
     explained,
+    explanations_table,
     require_data,
     require_positions,
 )
-from lightning_trak.reporting.loggers.base import writers_for
-from lightning_trak.reporting.plots import Picture, plot_brittleness, plot_mislabel_curves, plot_pictures
+from lightning_trak.reporting.loggers.base import LoggerWriter, writer_kinds, writers_for
+from lightning_trak.reporting.plots import (
+    Picture,
+    plot_brittleness,
+    plot_mislabel_curves,
+    plot_pictures,
+    require_drawing,
+)
 from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.scoring.topk import Scores
-from lightning_trak.texts.tables import Cell, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,27 +96,28 @@ def log_attributions(
         describe: makes a short text of an item of either dataset, such as its label.
         image: makes an image of an item, ``(height, width)`` or ``(1 or 3, height, width)`` with values in [0, 1].
             Default: no images are logged.
-        name: the table is ``{name}/table``, the picture ``{name}/images``.
+        name: the table is ``{name}/table``, with the columns of a ``.csv`` of :meth:`~lightning_trak.TRAK.show`; the
+            picture is ``{name}/images``.
         step: the step at which the loggers show them.
 
     Raises:
-        TypeError: if ``describe`` returns something other than a str.
-        ValueError: if the sizes of scores and datasets differ, ``largest`` contradicts the scores, or one is not
-            finite.
+        TypeError: if ``describe`` returns something other than a str, or ``image`` something other than a Tensor.
+        ValueError: if the sizes of scores and datasets differ, ``largest`` contradicts the scores, one is not finite,
+            or an image has another shape.
         IndexError: if there is no target with one of the positions.
     """
     k = positive("k", k)
     saved = SavedScores(scores, len(train), "", largest)
     saved.require_scores("cannot log these scores")
     require_data(saved, train, targets)
-    rows = list(range(min(8, len(targets))) if shown is None else shown)
+    rows = range(min(8, len(targets))) if shown is None else shown
     require_positions(rows, len(targets))
     writers = writers_for(loggers)
     if not writers:
         return
     read_train, read_target = (cache(partial(_example, data, describe, image)) for data in (train, targets))
     explanations = [explained(row, saved.best(row, k), read_target(row), read_train) for row in rows]
-    table = _table(explanations)
+    table = explanations_table(explanations)
     for writer in writers:
         writer.table(f"{name}/table", table, step)
     if image is not None:
@@ -121,20 +128,29 @@ def log_attributions(
         writer.flush()
 
 
+def require_logging(loggers: Loggers, images: bool, lds: bool) -> None:
+    """Refuse before long work what cannot be logged after it.
+
+    Args:
+        loggers: such as ``trainer.loggers``.
+        images: whether :func:`log_attributions` will log images.
+        lds: whether :func:`log_lds` will be called.
+
+    Raises:
+        TypeError: if these are no loggers of Lightning.
+        ModuleNotFoundError: if pictures are drawn, and matplotlib is not installed.
+    """
+    kinds = writer_kinds(loggers)
+    if (images and kinds) or (lds and any(kind.histogram is LoggerWriter.histogram for kind in kinds)):
+        require_drawing()
+
+
 def _example(dataset: Any, describe: Describe | None, image: Callable[[Any], Tensor] | None, index: int) -> Example:
     item = dataset[index]
-    return Example(described(describe, item) if describe else f"#{index}", image(item) if image else None)
-
-
-def _table(explanations: Sequence[Explanation]) -> Table:
-    """A row for each proponent and opponent of each target."""
-    cells: list[tuple[Cell, ...]] = [
-        (each.position, each.target.text, kind.removesuffix("s"), rank, entry.position, entry.example.text, entry.score)
-        for each in explanations
-        for kind, entries in each.groups.items()
-        for rank, entry in enumerate(entries, 1)
-    ]
-    return Table(("target", "target is", "kind", "rank", "example", "example is", "score"), cells)
+    picture: Any = image(item) if image else None
+    if image is not None and not isinstance(picture, Tensor):
+        raise TypeError(f"image must return a Tensor, got a {type(picture).__name__}")
+    return Example(described(describe, item) if describe else f"#{index}", picture)
 
 
 def _figure(explanations: Sequence[Explanation]) -> Figure:

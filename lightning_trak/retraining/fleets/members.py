@@ -242,7 +242,7 @@ class MemberStore:
 
         Raises:
             FileNotFoundError: if its weights were not kept.
-            ValueError: if the file does not belong to its outputs, or its header was altered.
+            ValueError: if the file does not belong to its outputs, or its header is damaged.
         """
         path = self._weights_path(member)
         digest = self.read(member)[1].get("weights")
@@ -251,12 +251,15 @@ class MemberStore:
                 f'fleet "{self.directory}" has not kept the weights of {member}; run it with keep_weights=True, which'
                 " trains this member again"
             )
-        found, subset = read_about(str(path))
-        if found != digest or subset is None or not torch.equal(subset.mask, self.masks[member.subset]):
+        try:
+            found, subset = read_about(str(path))
+            if found != digest or subset is None or not torch.equal(subset.mask, self.masks[member.subset]):
+                raise ValueError("its header is of other weights")
+        except ValueError as error:
             raise ValueError(
-                f'"{path}" does not hold the weights that gave the outputs of {member}; delete it and run the fleet'
-                " again with keep_weights=True"
-            )
+                f'"{path}" is damaged, or does not hold the weights that gave the outputs of {member}; delete it and'
+                " run the fleet again with keep_weights=True"
+            ) from error
         return path
 
     def read(self, member: Member) -> tuple[Tensor, dict[str, Any]]:

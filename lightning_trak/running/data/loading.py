@@ -53,7 +53,7 @@ def load(
         collate_fn: takes the place of the loader's.
 
     Raises:
-        ValueError: if examples hold lists, and the default collate function would make batches of them. While batches
+        ValueError: if examples hold lists or objects that the default collate function does not stack. While batches
             are loaded: if the collate function fails and an example is None.
     """
     if (collate_fn or loader.collate_fn) is default_collate and not isinstance(loader.dataset, Dataset):
@@ -92,19 +92,30 @@ def function_name(function: object) -> str:
 
 
 def _require_batchable(example: Any) -> None:
-    """Check that the default collate function stacks what an example holds.
+    """Check that the default collate function makes of each column of an example what a model expects.
 
-    A list in it becomes a list of batches, one for each element: that is not what a model expects.
+    A list in it becomes a list of batches, one for each element, and an image is refused.
     """
     if not isinstance(example, Mapping):
         return
     for name, value in example.items():
-        if isinstance(value, list) and value and isinstance(value[0], (int, float, list)):
+        if fault := _not_stacked(value):
             raise ValueError(
-                f"{name!r} of an example is a list of {len(value)} {type(value[0]).__name__}s, and the default collate"
-                " function would not stack such lists: pass a DataLoader with a collate_fn, such as a data collator of"
-                ' Hugging Face, which also pads; or, if all have one length, dataset.with_format("torch")'
+                f"{name!r} of an example is {fault}: pass a DataLoader with a collate_fn, such as a data collator of"
+                ' Hugging Face, which also pads; or, if all have one shape, dataset.with_format("torch")'
             )
+
+
+def _not_stacked(value: Any) -> str | None:
+    """What the value is, and why the default collate function does not stack such values; None if it does."""
+    if isinstance(value, list) and value and isinstance(value[0], (int, float, list)):
+        kind = f"a list of {len(value)} {type(value[0]).__name__}s"
+        return f"{kind}, and the default collate function would not stack such lists"
+    try:
+        default_collate([value])
+    except TypeError:
+        return f"a {type(value).__name__}, and the default collate function does not take such objects"
+    return None
 
 
 def sample_batches(loader: DataLoader[Any], count: int, key: str, total: int | None = None) -> list[list[int]]:
