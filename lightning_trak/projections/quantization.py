@@ -38,7 +38,10 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(ABC):
-    """Turns rows of numbers into integer codes and scales, and back."""
+    """Turns rows of numbers into integer codes and scales, and back.
+
+    The levels suit normal numbers, so rows should be rotated before (:mod:`lightning_trak.projections.rotation`).
+    """
 
     bits: ClassVar[int]
     codes_dtype: ClassVar[torch.dtype]
