@@ -22,6 +22,7 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 # Counters in one pass. On a CPU, the operands of all rounds should stay in cache. Elsewhere, few kernels are better.
 _CPU_COUNTERS = 1 << 14
 _ACCELERATOR_COUNTERS = 1 << 20
+SIGNS = 128  # in a block of four words
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -108,6 +109,21 @@ class Stream:
             for part in torch.split(rows.unsqueeze(1), max(1, counters // blocks))
         ]
         return torch.cat(passes)
+
+    def signs(self, elements: range, device: torch.device) -> Tensor:
+        """Random signs of some elements. Element i uses bit i mod 128 of the first block of row i div 128.
+
+        Args:
+            elements: consecutive indices.
+            device: where the signs are made.
+
+        Returns:
+            int8 of shape (elements,).
+        """
+        first = elements.start // SIGNS
+        rows = torch.arange(first, -(-elements.stop // SIGNS), device=device)
+        skipped = elements.start - first * SIGNS
+        return signs(self.words(rows, 1).flatten(1), torch.int8).flatten()[skipped : skipped + len(elements)]
 
 
 def signs(words: Tensor, dtype: torch.dtype) -> Tensor:

@@ -80,10 +80,7 @@ class Quantizer(ABC):
 
 
 class Int8(Quantizer):
-    """Codes from -127 to 127 in units of a row's scale, which is its largest element / 127.
-
-    Clipping the largest elements lowers the squared error of few rows, and made scores worse.
-    """
+    """Codes from -127 to 127 in units of a row's scale, which is its largest element / 127."""
 
     bits = 8
     codes_dtype = torch.int8

@@ -5,9 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from lightning_trak.projections.philox import Stream, signs
-
-_SIGNS = 128  # in a block of four words
+from lightning_trak.projections.philox import Stream
 
 
 def rotated(rows: Tensor) -> Tensor:
@@ -35,6 +33,4 @@ def rotated(rows: Tensor) -> Tensor:
 def _signs(k: int, device: torch.device) -> Tensor:
     """The same random signs for all rows of k elements: int8, shape ``(k,)``."""
     with torch.inference_mode(False):  # they are used outside an inference mode, too
-        stream = Stream.derive("rotation", seed=0, checkpoint=0, name=str(k))
-        words = stream.words(torch.arange(-(-k // _SIGNS), device=device), 1)
-        return signs(words.flatten(1), torch.int8).flatten()[:k]
+        return Stream.derive("rotation", seed=0, checkpoint=0, name=str(k)).signs(range(k), device)

@@ -13,11 +13,10 @@ from torch import Tensor
 from lightning_trak.projections.base import BoundProjection
 from lightning_trak.projections.blocks import BoundRandomProjection, RandomProjection
 from lightning_trak.projections.identity import BoundIdentityProjection
-from lightning_trak.projections.philox import Stream, signs
+from lightning_trak.projections.philox import SIGNS, Stream
 
 # Sums are at least this many, so that a block of elements is long enough for one vectorised addition.
 _SUMS = 1 << 13
-_SIGNS = 128  # in a block of four words
 # Up to this many blocks of elements are added to the features at once. For more, sums of twice the length save runs.
 _FEW = 24
 
@@ -75,12 +74,8 @@ class SparseProjection(RandomProjection):
         return 1
 
     def block(self, stream: Stream, rows: range, device: torch.device) -> Tensor:
-        """Draw the signs of some elements, int8 of shape (rows,). Element i uses bit i mod 128 of row i div 128."""
-        first = rows.start // _SIGNS
-        counters = torch.arange(first, -(-rows.stop // _SIGNS), device=device)
-        return signs(stream.words(counters, 1).flatten(1), torch.int8).flatten()[rows.start - first * _SIGNS :][
-            : len(rows)
-        ]
+        """Draw the signs of some elements, int8 of shape (rows,)."""
+        return stream.signs(rows, device)
 
     def signs_of_runs(self, stream: Stream, starts: Tensor, length: int) -> Tensor:
         """Draw the signs of runs of consecutive elements.
@@ -93,9 +88,9 @@ class SparseProjection(RandomProjection):
         Returns:
             int8 of shape (runs, length).
         """
-        counters = (starts // _SIGNS).unsqueeze(1) + torch.arange(-(-length // _SIGNS) + 1, device=starts.device)
+        counters = (starts // SIGNS).unsqueeze(1) + torch.arange(-(-length // SIGNS) + 1, device=starts.device)
         words = stream.words(counters.flatten(), 1).view(len(starts), -1)
-        places = (starts % _SIGNS).unsqueeze(1) + torch.arange(length, device=starts.device)
+        places = (starts % SIGNS).unsqueeze(1) + torch.arange(length, device=starts.device)
         return 1 - 2 * (words.gather(1, places // 32) >> places % 32 & 1).to(torch.int8)
 
     def bind(

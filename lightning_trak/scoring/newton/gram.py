@@ -195,9 +195,9 @@ class DampedGram:
 
         A is K + lambda I. Rounding adds noise e_i of the norm error |phi_i|, with the same variance in all k features.
         So the sum of squares of phi_x^T A^-1 e_i is N tr (A^-1 K A^-1) on average, N = error^2 tr K / k, and that of
-        the scores is tr (K A^-1)^2. Random vectors estimate both traces. If examples are nearly alike, so is their
-        noise, and it removes what differs. There may have been up to N of it in each direction, so K + N I takes the
-        place of K.
+        the scores is tr (K A^-1)^2. Random vectors estimate both traces. Examples that are nearly alike have nearly the
+        same noise, which hides how they differ. K does not show what is hidden: up to N in each direction. So K + N I
+        takes the place of K.
         """
         noise = error**2 * self._mean_eigenvalue
         signs = random_signs(PROBES, len(self._factor)).to(self._factor)
