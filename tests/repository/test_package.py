@@ -34,7 +34,7 @@ def test_the_metric_needs_no_lightning():
 
 @pytest.mark.slow
 def test_the_demo_with_fewer_subsets(tmp_path):
-    printed = run_module("examples.digits", "--out", str(tmp_path), "--subsets", "20")
+    printed = run_module("examples.digits", "--out", str(tmp_path), "--subsets", "10")
     found = re.findall(r"TRAK(?:\.paper)? +LDS (-?\d\.\d+)  \(95% interval (-?\d\.\d+) to (-?\d\.\d+)\)", printed)
     assert len(found) == 2, printed
     assert all(float(low) < float(value) < float(high) for value, low, high in found)
