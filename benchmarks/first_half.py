@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = make_settings()
     if args.quick:
         mlp = next(setting for setting, _ in settings if setting.task.name == "MLP")
-        settings = [(replace(mlp, seeds=2, runs=2, task=replace(mlp.task, max_epochs=4)), 2)]
+        settings = [(replace(mlp, seeds=2, runs=2, task=replace(mlp.task, max_epochs=2)), 2)]
     found: list[Result] = []
     for setting, models in settings:
         truth = kept(args.out, setting.task, 10 if args.quick else SUBSETS, setting.seeds, models)

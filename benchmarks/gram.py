@@ -1,13 +1,11 @@
 """Time and memory of TRAK's Gram matrix and its factor: `python -m benchmarks.gram --k 2048 8192 --threads 1 2`."""
 
 import argparse
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from torch import Tensor
 
-from benchmarks.memory import MIB, reset_peak, status
+from benchmarks.memory import MIB, in_new_process, reset_peak, status
 from benchmarks.timing import seconds
 from lightning_trak.features.dtypes import DtypeName, feature_dtype
 from lightning_trak.features.rows import Features, StoredFeatures
@@ -73,8 +71,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for k in settings.k:
         for threads in settings.threads:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:  # its peak is its own
-                found = fresh.submit(measure, k, settings.dtype, threads, settings.shards).result()
+            found = in_new_process(measure, k, settings.dtype, threads, settings.shards)
             print(
                 f"| {k} | {threads} | {found['rows']:.3f} | {found['factor']:.1f} | {found['solve']:.1f} |"
                 f" {found['gram MiB']:.0f}, {found['factor MiB']:.0f} |",

@@ -4,13 +4,18 @@ import multiprocessing
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing.context import BaseContext
 from pathlib import Path
+from typing import TypeVar
 
 from benchmarks.models import WORKLOADS
 from benchmarks.ours import featurizer, settings
 
 MIB = 1 << 20
+CONTEXT: BaseContext = multiprocessing.get_context("spawn")
+Found = TypeVar("Found")
 
 
 def status(field: str) -> int:
@@ -34,24 +39,23 @@ def peak_of(action: Callable[[], object]) -> int:
     return status("VmHWM") - before
 
 
-def _measure(workload: str, size: int, setting: str, answer: "multiprocessing.SimpleQueue[int]") -> None:
-    work = WORKLOADS[workload](size)
-    answer.put(peak_of(work.train_step if setting == "training step" else featurizer(work, settings()[setting])))
-
-
-def fresh_peak(workload: str, size: int, setting: str) -> int:
-    """Peak memory in bytes of one setting, or of a ``"training step"``, in a new process.
+def in_new_process(measure: Callable[..., Found], *arguments: object) -> Found:
+    """What a function returns that measures in a new process.
 
     ``getrusage`` cannot be used: a process inherits the peak of the process that started it.
     """
-    context = multiprocessing.get_context("spawn")
-    answer = context.SimpleQueue()
-    process = context.Process(target=_measure, args=(workload, size, setting, answer))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"measuring {setting} of {workload} failed with exit code {process.exitcode}")
-    return answer.get()
+    with ProcessPoolExecutor(1, CONTEXT) as fresh:
+        return fresh.submit(measure, *arguments).result()
+
+
+def fresh_peak(workload: str, size: int, setting: str) -> int:
+    """Peak memory in bytes of one setting, or of a ``"training step"``, in a new process."""
+    return in_new_process(_peak, workload, size, setting)
+
+
+def _peak(workload: str, size: int, setting: str) -> int:
+    work = WORKLOADS[workload](size)
+    return peak_of(work.train_step if setting == "training step" else featurizer(work, settings()[setting]))
 
 
 @contextmanager

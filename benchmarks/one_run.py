@@ -327,14 +327,14 @@ def plot(found: list[Result], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = options(__doc__, "one_run_output", quick="the first task alone, 5 epochs, few retrained models")
+    parser = options(__doc__, "one_run_output", quick="the first task alone, 3 epochs, few retrained models")
     parser.add_argument("--members", type=int, default=30, help="retrained runs for each fraction")
     args = begin(parser, arguments)
     found: list[Result] = []
     verdicts: list[Verdict] = []
     tasks = make_tasks()
     if args.quick:
-        tasks = [(replace(task, max_epochs=5), losses) for task, losses in tasks[:1]]
+        tasks = [(replace(task, max_epochs=3), losses) for task, losses in tasks[:1]]
     for task, losses in tasks:
         with tempfile.TemporaryDirectory() as folder:
             own, verdict = results(task, losses, 5 if args.quick else args.members, Path(folder))

@@ -1,7 +1,6 @@
 """What a recorded run costs: to record it, and to differentiate it. Times in trainings; memory against its length."""
 
 import itertools
-import multiprocessing
 import os
 import tempfile
 import time
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from benchmarks.memory import MIB, peak_of
+from benchmarks.memory import MIB, in_new_process, peak_of
 from benchmarks.tasks import DigitsMLP, Task, make_tasks
 from benchmarks.timing import Action, Row, Run, on_threads, ratios, rows
 from benchmarks.truth import quiet
@@ -122,15 +121,8 @@ def _scores(run: Run, task: Task, name: str) -> list[Row]:
 
 def _sizes(run: Run, steps: int) -> list[Row]:
     """Disk, and peak memory in a new process, for a run of a small model."""
-    context = multiprocessing.get_context("spawn")
-    answer: multiprocessing.SimpleQueue[tuple[int, int, int, int]] = context.SimpleQueue()
     with tempfile.TemporaryDirectory(dir=run.out) as folder:
-        process = context.Process(target=_measure, args=(steps, Path(folder), answer))
-        process.start()
-        process.join()
-    if process.exitcode:
-        raise RuntimeError(f"measuring a run of {steps} steps failed with exit code {process.exitcode}")
-    fit, scores, disk, states = answer.get()
+        fit, scores, disk, states = in_new_process(_measure, steps, Path(folder))
     sizes = {"memory of fit": fit, "memory of scores": scores, "disk": disk}
     return [
         Row("one_run", f"{steps} steps: {name}", size / MIB, "MiB", note=f"{states} full states")
@@ -138,7 +130,7 @@ def _sizes(run: Run, steps: int) -> list[Row]:
     ]
 
 
-def _measure(steps: int, folder: Path, answer: "multiprocessing.SimpleQueue[tuple[int, int, int, int]]") -> None:
+def _measure(steps: int, folder: Path) -> tuple[int, int, int, int]:
     """Record and differentiate a run of so many steps. A short run goes before, to load code."""
     quiet()
     torch.set_num_threads(1)
@@ -159,4 +151,4 @@ def _measure(steps: int, folder: Path, answer: "multiprocessing.SimpleQueue[tupl
     directory = folder / "run"
     memory = peak_of(lambda: fit(epochs, directory)), peak_of(lambda: attribute(directory))
     disk = sum(path.stat().st_size for path in directory.iterdir())
-    answer.put((*memory, disk, len(Recording(directory).state_steps)))
+    return *memory, disk, len(Recording(directory).state_steps)

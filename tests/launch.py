@@ -15,6 +15,8 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NoReturn
@@ -89,6 +91,16 @@ def run_by_lightning(module: str, root: Path) -> None:
     assert code == 0, log.read_text()
 
 
+def server() -> BaseContext:
+    """Starts processes. They are forked from one that has imported Lightning, and has done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning"])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONHASHSEED", "7")  # sets have another order there than in the tests' own process
+        forkserver.ensure_running()
+    return context
+
+
 def leave_together() -> NoReturn:
     """End a rank's process, once all ranks are here, without Python's shutdown.
 
@@ -107,9 +119,7 @@ def _free_port() -> str:
 
 
 def _start(script: str | Path, arguments: Sequence[str | Path], log: Path, settings: dict[str, str]) -> BaseProcess:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning"])
-    process = context.Process(target=_run, args=(script, [*map(str, arguments)], log, {**os.environ, **settings}))
+    process = server().Process(target=_run, args=(script, [*map(str, arguments)], log, {**os.environ, **settings}))
     process.start()
     return process
 

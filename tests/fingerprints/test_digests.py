@@ -5,10 +5,7 @@ import datetime
 import decimal
 import enum
 import json
-import os
 import pathlib
-import subprocess
-import sys
 from collections import OrderedDict, UserDict, namedtuple
 
 import numpy as np
@@ -18,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.fingerprints.digests import content_digest
 from lightning_trak.running.data.content import fingerprint, sample_digest
-from tests.launch import ROOT
+from tests.launch import run_script
 from tests.lit import TRAIN
 
 
@@ -67,7 +64,7 @@ DIFFERENT = [
         {"a": None, "b": 1},
         {"a": 1, "b": None},
     ],
-    *[set(), {1}, {1, 2}, {"a", "b"}, frozenset({3})],
+    *[set(), {1}, {1, 2}, {"a", "b"}, {*"abcdefgh"}, frozenset({3})],
     *[torch.tensor(1), torch.tensor(1.0), torch.tensor([1]), torch.tensor([[1]]), torch.tensor(True), torch.tensor([])],
     *[torch.tensor([1.5], dtype=torch.bfloat16), torch.tensor([1.5], dtype=torch.float16), torch.tensor([1.5])],
     *[torch.tensor([1j]), torch.tensor([2j]), torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(6), torch.zeros(0, 2)],
@@ -155,14 +152,14 @@ def test_what_cannot_be_pickled_counts_by_its_class():
 
 
 @pytest.mark.slow
-def test_digests_do_not_depend_on_the_process():
-    code = (
+def test_digests_do_not_depend_on_the_process(tmp_path):
+    script = tmp_path / "elsewhere.py"
+    script.write_text(
         "import json; from tests.fingerprints.test_digests import DIFFERENT, content_digest;"
         "print(json.dumps([content_digest(value) for value in DIFFERENT]))"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
-    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True, cwd=ROOT)
-    assert json.loads(printed.stdout) == [content_digest(value) for value in DIFFERENT]
+    assert run_script(script) == 0
+    assert json.loads(script.with_suffix(".log").read_text()) == [content_digest(value) for value in DIFFERENT]
 
 
 def as_they_are(items):

@@ -3,10 +3,7 @@
 import copy
 import importlib.util
 import json
-import os
 import re
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_trak.fingerprints import changes, module_fingerprint
 from lightning_trak.outputs import ClassificationMargin, ModelOutput, NegativeLoss
 from tests.fingerprints import identity_nets
-from tests.launch import ROOT
+from tests.launch import run_script
 from tests.lit import LitNet, make_data, make_trainer
 
 PREAMBLE = """
@@ -198,9 +195,8 @@ def test_other_processes_and_places_agree(tmp_path):
     path = tmp_path / "elsewhere.py"
     path.write_text(Path(identity_nets.__file__).read_text())
     assert loaded_from(path) == expected
-    environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)}
-    found = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True, env=environment)
-    assert json.loads(found.stdout) == expected
+    assert run_script(path) == 0
+    assert json.loads(path.with_suffix(".log").read_text()) == expected
 
 
 LOADER = DataLoader(make_data(8), batch_size=4)

@@ -14,6 +14,7 @@ from benchmarks import (
     evaluation,
     first_half,
     lag,
+    memory,
     methods,
     one_run,
     one_run_cost,
@@ -30,7 +31,7 @@ from benchmarks.models import resnet9
 from benchmarks.tasks import make_tasks
 from benchmarks.timing import Run
 from benchmarks.truth import Truth, outputs_of, retrain
-from tests.launch import ROOT
+from tests.launch import ROOT, server
 
 UNITS = ("noise_ceilings", "unit_seconds")
 
@@ -278,7 +279,8 @@ def test_twins(tmp_path):
     assert all(row["run"] in (tmp_path / "twins.md").read_text() for row in found)
 
 
-def test_the_cost_of_one_run(tmp_path):
+def test_the_cost_of_one_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CONTEXT", server())  # to import everything takes longer than to measure
     found = {row.name: row for row in one_run_cost.one_run(Run(tmp_path, 1, torch.device("cpu"), quick=True))}
     for name in ("1 target", "5 targets", "1 target, with the check"):
         assert found[f"1 thread: {name}"].value > 0

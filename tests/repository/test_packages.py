@@ -1,8 +1,6 @@
 """The two packages of PyTorch Lightning, and the questions that take their classes for the same."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -16,6 +14,7 @@ from torch import nn
 
 from lightning_trak import packages
 from lightning_trak.packages import both, is_a, overrides, own
+from tests.launch import run_script
 
 PACKAGE = Path(packages.__file__).parent
 
@@ -62,17 +61,17 @@ def test_what_a_class_overrides(package):
     assert not overrides(Data(), "train_dataloader", L.LightningDataModule)
 
 
-def test_pytorch_lightning_is_not_imported():
-    code = """
+def test_pytorch_lightning_is_not_imported(tmp_path):
+    script = tmp_path / "lightning_alone.py"
+    script.write_text("""
 import sys
-from pathlib import Path
 import lightning as L
 import lightning_trak.methods, lightning_trak.callbacks
 from lightning_trak.packages import both
 assert "pytorch_lightning" not in sys.modules
 assert both(L.Trainer) == (L.Trainer,)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+""")
+    assert run_script(script) == 0, script.with_suffix(".log").read_text()
 
 
 def questions_of_one_package(path):

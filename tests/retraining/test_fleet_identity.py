@@ -1,9 +1,6 @@
 """What a fleet's members depend on: a fleet that is continued with something else is refused, and says with what."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import lightning as L
 import pytest
@@ -15,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.retraining import RetrainingFleet, random_subsets, read_fleet
 from lightning_trak.retraining.fleets.members import Member
-from tests.launch import ROOT
+from tests.launch import run_module
 from tests.lit import LitNet, make_data, make_trainer
 from tests.retraining import fleet_script
 
@@ -280,8 +277,6 @@ def test_optimizers_that_need_a_training_run_stand_by_their_code(tmp_path):
 
 @pytest.mark.slow
 def test_another_process_continues(tmp_path):
-    command = [sys.executable, fleet_script.__file__, str(tmp_path), "1/2"]
-    environment = os.environ | {"PYTHONHASHSEED": "5", "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, check=True, capture_output=True, env=environment)
+    run_module("tests.retraining.fleet_script", str(tmp_path), "1/2")
     fleet_script.main(str(tmp_path), "2/2")  # imported, where it was a script
     assert read_fleet(tmp_path).outputs.shape == (3, 2, 1)

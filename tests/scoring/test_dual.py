@@ -22,6 +22,7 @@ from lightning_trak.scoring.newton.kernel import DampedKernel, kernel_matrix
 from lightning_trak.scoring.newton.noise import Noise
 from lightning_trak.scoring.newton.trak import TRAKScorer
 from tests.lit import TARGETS, TRAIN, make_checkpoints, make_data, make_model, make_trainer, open_store
+from tests.scoring.test_scorers import OneOf
 
 CPU = torch.device("cpu")
 N, K, M = 30, 70, 2
@@ -155,13 +156,6 @@ def test_top_k_is_the_top_of_the_full_matrix(tmp_path, largest):
     expected = full.topk(7, largest=largest)
     assert torch.equal(found.indices, expected.indices)
     assert torch.equal(found.values, expected.values)
-
-
-class OneOf(Ranks):
-    """A rank whose sums stay its own part."""
-
-    def sum(self, tensor):
-        return tensor
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -21,6 +21,7 @@ from lightning_trak.outputs import ContrastiveMargin, ModelOutput, NegativeLoss,
 from lightning_trak.projections import IdentityProjection
 from tests.lit import TARGETS, TRAIN, LitNet, ScaledData, make_checkpoints, make_data, make_model, make_trainer
 from tests.methods import test_logistic
+from tests.methods.influence.reference import relative_error
 from tests.methods.test_logistic import LitLogistic, closed_form, fit
 
 problem = test_logistic.problem
@@ -102,10 +103,6 @@ def reference(model: nn.Module, train: TensorDataset, targets: TensorDataset, cu
         matrix = torch.autograd.functional.hessian(lambda vector: output.loss(outputs(vector, train)).sum(), flat)
     matrix = matrix + damping * gauss_newton.diagonal().mean() * torch.eye(len(flat))
     return target_gradients @ torch.linalg.solve(matrix, gradients.T * loss_gradients)
-
-
-def relative_error(scores: Tensor, expected: Tensor) -> float:
-    return float((scores - expected).norm() / expected.norm())
 
 
 @pytest.fixture(scope="module", params=["gauss_newton", "exact"])

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_trak.methods import Arnoldi, ConjugateGradient, EKFACInfluence, Explicit, InfluenceFunction
 from lightning_trak.outputs import ClassificationMargin
 from tests.lit import make_data, make_trainer
+from tests.methods.influence.reference import relative_error
 
 OUTPUT = ClassificationMargin()
 
@@ -30,10 +31,6 @@ def trained(net: nn.Module, data: TensorDataset, steps: int) -> nn.Module:
 
 def margins(net: nn.Module, data: TensorDataset) -> Tensor:
     return OUTPUT.output(net, tuple(data.tensors)).detach()
-
-
-def relative_error(scores: Tensor, expected: Tensor) -> float:
-    return float((scores - expected).norm() / expected.norm())
 
 
 @pytest.fixture
