@@ -19,7 +19,7 @@ from lightning_trak.methods.questions import Asked
 from lightning_trak.methods.showing import RAISES_OUTPUT
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output, require_alone, target_output, trained_output
-from lightning_trak.replay.coupling import coupling
+from lightning_trak.replay.coupling import warn_of_coupling
 from lightning_trak.replay.losses import Losses, training_losses
 from lightning_trak.replay.player import Player
 from lightning_trak.replay.recording.reading import Recording
@@ -230,27 +230,17 @@ class Metagradient(DataMethod):
         return runs
 
     def _differentiated(self, player: Player) -> Differentiated:
-        losses = self._losses(player)
-        coupled = coupling(player, losses)
+        losses, first = self._losses(player), self._first(player.recording)
+        warn_of_coupling(player, losses, "scores say", 7, first)
         run = Differentiated(
             player,
             losses,
-            first=self._first(player.recording),
+            first=first,
             block=self.block_size,
             micro_batch=self.micro_batch_size,
             progress_bar=self.progress_bar,
             average_order=self.order == "average",
         )
-        if run.normalizes_batches:
-            warnings.warn(
-                "the model has batch normalization in train mode: an example with weight 0 is still part of the"
-                " batch's statistics, so scores say what its loss did, not what its removal from the data does",
-                stacklevel=7,
-            )
-        if coupled:
-            warnings.warn(
-                f"{coupled}, so scores say what its own loss did, not what its removal from the data does", stacklevel=7
-            )
         if run.rounds_steps:
             warnings.warn(
                 "the optimizer rounds its steps (torch's Muon orthogonalizes in bfloat16), so scores are those of the"
