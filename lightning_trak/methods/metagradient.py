@@ -63,7 +63,8 @@ class Metagradient(DataMethod):
             the mean over these runs of the same model on the same data.
         output: the scalar output to attribute; default: the model's ``configure_model_output()``.
         losses: ``(module, batch) -> losses`` of shape ``(batch,)``, whose mean ``training_step`` returns; default: the
-            loss of the output.
+            loss of the output. The weight of an example multiplies all of its loss, also a penalty of the parameters
+            that is added to it; the weight decay of an optimizer is not weighted.
         order: ``"recorded"``: what an example did in the steps whose batches held it. ``"average"``: what it would do
             if its weight were spread over all steps. This says more of runs with other seeds, and less of this one. It
             takes one more pass over the training data for each epoch, and is exact up to the change of the weights

@@ -64,8 +64,7 @@ class RecordedFleet(Displayed):
         masks: bool ``(num_members, num_train)``, false where an example's loss gets weight 0; see
             :func:`~lightning_trak.retraining.random_removals`.
         output: the output to keep; default: the model's ``configure_model_output()``.
-        losses: ``(module, batch) -> losses`` of shape ``(batch,)``, whose mean ``training_step`` returns; default: the
-            loss of the output.
+        losses: as for :class:`~lightning_trak.methods.Metagradient`.
         overwrite: as for :class:`RetrainingFleet`.
 
     Attributes:
