@@ -20,9 +20,9 @@ class Checkpoint:
 
     Attributes:
         name: a short label for messages, such as the file's name.
-        load: reads the state dict: name -> CPU tensor, under the names that were saved. Do not write into the tensors. It
-            raises FileNotFoundError if the file no longer exists, ValueError if the file is damaged or can only be read
-            with ``weights_only=False``, and TypeError if it holds something other than tensors.
+        load: reads the state dict: name -> CPU tensor, under the names that were saved. Do not write into the tensors.
+            It raises FileNotFoundError if the file no longer exists, ValueError if the file is damaged or can only be
+            read with ``weights_only=False``, and TypeError if it holds something other than tensors.
         record: step, epoch and optimizer settings if this is a snapshot of a series; else None.
         subset: the training examples that the model has seen; None: all of them.
         live: whether these are the weights of a model in memory, which may change between two reads.
