@@ -71,7 +71,7 @@ class RetrainingFleet(Displayed):
 
     Args:
         directory: where members are kept, on a disk that all processes see. It may hold members from earlier runs.
-        make_module: makes a new LightningModule in each call.
+        make_module: makes a new LightningModule in each call. Pretrained weights must not have seen ``train``.
         make_trainer: makes a new Trainer of one process in each call, with new callbacks. Switch its progress bar,
             logger and checkpoints off unless you want them for each member. If a callback or a scheduler needs
             validation data, such as EarlyStopping, give the module a ``val_dataloader()``. One Trainer and two modules
