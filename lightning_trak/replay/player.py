@@ -313,11 +313,13 @@ class Player:
             if other is not None:
                 off = f"the {other.kind} should have moved by {other.moved:.3g}, and are off by {other.off:.3g}"
         if off is not None:
+            since = max(recorded for recorded in self.recording.state_steps if recorded < step)
             raise ReplayError(
-                f"the recorded run cannot be repeated: before step {step}, {off}. Perhaps training used something that"
-                " is not recorded: random numbers of a generator of its own, hooks or callbacks that change weights or"
-                " gradients, a state outside of parameters and buffers, other code or data; or the device computes"
-                " with other rounding, and training amplifies it"
+                f"the recorded run cannot be repeated: before step {step}, {off}. Perhaps training has used something"
+                f" since step {since} that is not recorded: random numbers of a generator of its own, hooks or"
+                " callbacks that change weights or gradients, a state outside of parameters and buffers, other code or"
+                " data. Then train without it; TrainingRecorder(..., spacing=1) finds the very step. Or the device"
+                " computes with other rounding, and training amplifies it"
             )
         return found
 
