@@ -38,7 +38,7 @@ from lightning_trak.retraining.training.left_out import require_trainable_togeth
 from lightning_trak.retraining.training.together import train_together
 from lightning_trak.running.chunks import chunked
 from lightning_trak.running.data.content import fingerprint
-from lightning_trak.running.data.loaders import as_loader
+from lightning_trak.running.data.loaders import WITHOUT_DATAMODULE, as_loader
 from lightning_trak.running.data.loading import batch_size_of, load, num_examples, sample_batches
 from lightning_trak.running.data.ordering import require_order
 from lightning_trak.running.parts import Part, share
@@ -369,6 +369,6 @@ class RetrainingFleet(Displayed):
 
 def _one_loader(name: str, data: Any) -> DataLoader[Any]:
     if not isinstance(data, (DataLoader, Dataset)):
-        loaders = "; pass what its dataloader methods return" if is_a(data, L.LightningDataModule) else ""
-        raise TypeError(f"{name} must be a map-style Dataset or a DataLoader, got {type(data).__name__}{loaders}")
+        advice = f"; {WITHOUT_DATAMODULE}" if is_a(data, L.LightningDataModule) else ""
+        raise TypeError(f"{name} must be a map-style Dataset or a DataLoader, got {type(data).__name__}{advice}")
     return as_loader(data)

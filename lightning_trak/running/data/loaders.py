@@ -16,6 +16,9 @@ from lightning_trak.running.data.samplers import require_whole
 from lightning_trak.running.data.streaming import StreamingItems, is_streaming
 
 DEFAULT_BATCH_SIZE = 32
+WITHOUT_DATAMODULE = (
+    "pass what its dataloader methods return, and put its batch transfer hooks, if it has any, into the module"
+)
 
 
 class MapStyle(Protocol):
@@ -161,7 +164,7 @@ def _reason(data: Any) -> str:
     if isinstance(data, (str, Path)):
         return f'"{data}" is a text, not data; load the data that it names, and pass them as a Dataset or DataLoader'
     if is_a(data, L.LightningDataModule):
-        return "a data module is not taken here; pass the loader that one of its dataloader methods returns"
+        return f"a data module is not taken here; {WITHOUT_DATAMODULE}"
     if is_a(data, CombinedLoader) or any(isinstance(value, DataLoader) for value in values):
         return "it holds several loaders; pass them one by one, or pass score a list of them"
     if holds_several(data):
