@@ -7,10 +7,12 @@ import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def positive(name: str, value: int) -> int:
@@ -185,6 +187,27 @@ def needs_extra(extra: str, reason: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f'{reason}: pip install "lightning-trak[{extra}]"') from error
+
+
+def shows_options_of(other: Callable[..., Any]) -> Callable[[Function], Function]:
+    """A decorator: the function's signature has the arguments that its ``**options: Unpack[...]`` stand for.
+
+    Type checkers read the annotation; ``help()`` and notebooks read the signature.
+
+    Args:
+        other: the function that takes the options, whose defaults are shown.
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        *own, options = signature.parameters.values()
+        (known,) = get_args(options.annotation)
+        taken = inspect.signature(other).parameters
+        shown = [*own, *(taken[name] for name in known.__annotations__)]
+        function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
 
 
 def require_options(called: Callable[..., Any], options: Iterable[str], known: type) -> None:

@@ -20,7 +20,9 @@ class Checkpoint:
 
     Attributes:
         name: a short label for messages, such as the file's name.
-        read: reads the state dict.
+        load: reads the state dict: name -> CPU tensor, under the names that were saved. Do not write into the tensors.
+            It raises FileNotFoundError if the file no longer exists, ValueError if the file is damaged or can only be
+            read with ``weights_only=False``, and TypeError if it holds something other than tensors.
         record: step, epoch and optimizer settings if this is a snapshot of a series; else None.
         subset: the training examples that the model has seen; None: all of them.
         live: whether these are the weights of a model in memory, which may change between two reads.
@@ -30,23 +32,13 @@ class Checkpoint:
     """
 
     name: str
-    read: Callable[[], dict[str, Tensor]]
+    load: Callable[[], dict[str, Tensor]]
     record: Snapshot | None = None
     subset: TrainingSubset | None = None
     live: bool = False
     read_file: Callable[[TensorFile], dict[str, Tensor]] | None = None
     adapter: Mapping[str, Any] | None = None
     final: bool = True
-
-    def load(self) -> dict[str, Tensor]:
-        """Read the state dict: name -> CPU tensor, under the names that were saved. Do not write into the tensors.
-
-        Raises:
-            FileNotFoundError: if the file no longer exists.
-            ValueError: if the file is damaged, or can only be read with ``weights_only=False``.
-            TypeError: if the file holds something other than tensors.
-        """
-        return self.read()
 
     @property
     def frozen(self) -> str | None:

@@ -49,8 +49,8 @@ def _for_model(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
     if checkpoint.record is not None:
         return _of_trained(checkpoint, checkpoint.record, model)
     if checkpoint.adapter is not None:
-        return replace(checkpoint, read=partial(adapter_under_own_names, checkpoint, model))
-    return replace(checkpoint, read=partial(_under_own_names, checkpoint.name, checkpoint.read, model))
+        return replace(checkpoint, load=partial(adapter_under_own_names, checkpoint, model))
+    return replace(checkpoint, load=partial(_under_own_names, checkpoint.name, checkpoint.load, model))
 
 
 def _of_trained(checkpoint: Checkpoint, record: Snapshot, model: nn.Module) -> Checkpoint:
@@ -86,7 +86,7 @@ def _of_trained(checkpoint: Checkpoint, record: Snapshot, model: nn.Module) -> C
     )
     return replace(
         checkpoint,
-        read=partial(_inside, prefix, checkpoint.name, kind, checkpoint.read),
+        load=partial(_inside, prefix, checkpoint.name, kind, checkpoint.load),
         record=replace(record, parameter_groups=groups),
         read_file=None
         if checkpoint.read_file is None

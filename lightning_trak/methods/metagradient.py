@@ -19,7 +19,7 @@ from lightning_trak.methods.questions import Asked
 from lightning_trak.methods.showing import RAISES_OUTPUT
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import declared_output, require_alone, target_output, trained_output
-from lightning_trak.replay.coupling import coupling
+from lightning_trak.replay.coupling import warn_of_coupling
 from lightning_trak.replay.losses import Losses, training_losses
 from lightning_trak.replay.player import Player
 from lightning_trak.replay.recording.reading import Recording
@@ -63,7 +63,8 @@ class Metagradient(DataMethod):
             the mean over these runs of the same model on the same data.
         output: the scalar output to attribute; default: the model's ``configure_model_output()``.
         losses: ``(module, batch) -> losses`` of shape ``(batch,)``, whose mean ``training_step`` returns; default: the
-            loss of the output.
+            loss of the output. The weight of an example multiplies all of its loss, also a penalty of the parameters
+            that is added to it; the weight decay of an optimizer is not weighted.
         order: ``"recorded"``: what an example did in the steps whose batches held it. ``"average"``: what it would do
             if its weight were spread over all steps. This says more of runs with other seeds, and less of this one. It
             takes one more pass over the training data for each epoch, and is exact up to the change of the weights
@@ -230,27 +231,17 @@ class Metagradient(DataMethod):
         return runs
 
     def _differentiated(self, player: Player) -> Differentiated:
-        losses = self._losses(player)
-        coupled = coupling(player, losses)
+        losses, first = self._losses(player), self._first(player.recording)
+        warn_of_coupling(player, losses, "scores say", 7, first)
         run = Differentiated(
             player,
             losses,
-            first=self._first(player.recording),
+            first=first,
             block=self.block_size,
             micro_batch=self.micro_batch_size,
             progress_bar=self.progress_bar,
             average_order=self.order == "average",
         )
-        if run.normalizes_batches:
-            warnings.warn(
-                "the model has batch normalization in train mode: an example with weight 0 is still part of the"
-                " batch's statistics, so scores say what its loss did, not what its removal from the data does",
-                stacklevel=7,
-            )
-        if coupled:
-            warnings.warn(
-                f"{coupled}, so scores say what its own loss did, not what its removal from the data does", stacklevel=7
-            )
         if run.rounds_steps:
             warnings.warn(
                 "the optimizer rounds its steps (torch's Muon orthogonalizes in bfloat16), so scores are those of the"

@@ -1,13 +1,14 @@
 """Whether the training loss of an example depends on the rest of its batch.
 
-In-batch negatives, risk sets and denominators of a whole batch do this. The weight of an example then multiplies its
-own loss alone, and with weight 0 it still changes the losses of others. Scores and members of a fleet are right about
-these weights. They may say little about training without the example.
+Batch normalization, in-batch negatives, risk sets and denominators of a whole batch do this. The weight of an example
+then multiplies its own loss alone, and with weight 0 it still changes the losses of others. Scores and members of a
+fleet are right about these weights. They may say little about training without the example.
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,13 +30,37 @@ from lightning_trak.running.random_states import restore_random_states
 _TOLERANCE = 1e-2  # of the largest loss; less does not matter
 
 
+def warn_of_coupling(player: Player, losses: Losses, shown: str, stacklevel: int, first: int = 0) -> None:
+    """Warn if weight 0 is not the same as removal from the data, since other losses of the batch stay as they are.
+
+    Args:
+        player: does the steps of the run. Its state changes.
+        losses: ``(module, batch) -> losses`` of shape ``(batch,)``.
+        shown: the beginning of what is shown by weights: ``"scores say"`` or ``"members show"``.
+        stacklevel: how far away the user's call is from this call: 1 is the caller.
+        first: the first step whose weights count.
+    """
+    coupled = coupling(player, losses)
+    if player.normalizes_batches(first):
+        warnings.warn(
+            "the model has batch normalization in train mode: an example with weight 0 is still part of the batch's"
+            f" statistics, so {shown} what its loss did, not what its removal from the data does",
+            stacklevel=stacklevel + 1,
+        )
+    if coupled:
+        warnings.warn(
+            f"{coupled}, so {shown} what its own loss did, not what its removal from the data does",
+            stacklevel=stacklevel + 1,
+        )
+
+
 def coupling(player: Player, losses: Losses) -> str | None:
     """How the losses of a batch depend on each other, in words; None if they do not, or cannot be computed.
 
     In the batches of a few steps, one half is kept, and copies of one of its examples replace the other half. The size
     of the batch, its random numbers and the module's state stay the same, and modules are in the mode that they were
-    trained in. Only batch normalization, of which callers warn by themselves, takes its running statistics. If random
-    numbers would not go to the same places, as in dropout of texts that are padded to another length, modules are in
+    trained in. Only batch normalization, which is known without trying, takes its running statistics. If random numbers
+    would not go to the same places, as in dropout of texts that are padded to another length, modules are in
     eval mode.
 
     Args:

@@ -21,7 +21,7 @@ from lightning_trak.packages import is_a
 from lightning_trak.replay.comparison import other_step
 from lightning_trak.replay.optimizers.base import optimizer_named, optimizer_step
 from lightning_trak.replay.recording.reading import Recording
-from lightning_trak.replay.recording.records import MicroBatch, StepRecord, Structure
+from lightning_trak.replay.recording.records import MicroBatch, StepRecord
 from lightning_trak.replay.recording.states import Difference, TrainingState, difference, named_parameters
 from lightning_trak.running.batches import TransferHooks, on_device
 from lightning_trak.running.data.content import sample_digest
@@ -262,10 +262,11 @@ class Player:
             own.update(group)
         set_place(self.module, record.epoch, record.step, self.optimizer)
 
-    def normalizes_batches(self, structures: Iterable[Structure]) -> bool:
-        """Whether batch normalization makes the examples of a batch depend on each other, in one of some steps."""
+    def normalizes_batches(self, first: int = 0) -> bool:
+        """Whether batch normalization makes the examples of a batch depend on each other, from a first step on."""
         layers = {name: part for name, part in self._modules if isinstance(part, BatchNorm)}
         always = any(layer.running_mean is None for layer in layers.values())
+        structures = {self.recording.record(step).structure for step in range(first, self.recording.num_steps)}
         return always or any(not layers.keys() <= set(structure.evaluating) for structure in structures)
 
     def _made(self, record: StepRecord) -> Optimizer:
@@ -312,11 +313,13 @@ class Player:
             if other is not None:
                 off = f"the {other.kind} should have moved by {other.moved:.3g}, and are off by {other.off:.3g}"
         if off is not None:
+            since = max(recorded for recorded in self.recording.state_steps if recorded < step)
             raise ReplayError(
-                f"the recorded run cannot be repeated: before step {step}, {off}. Perhaps training used something that"
-                " is not recorded: random numbers of a generator of its own, hooks or callbacks that change weights or"
-                " gradients, a state outside of parameters and buffers, other code or data; or the device computes"
-                " with other rounding, and training amplifies it"
+                f"the recorded run cannot be repeated: before step {step}, {off}. Perhaps training has used something"
+                f" since step {since} that is not recorded: random numbers of a generator of its own, hooks or"
+                " callbacks that change weights or gradients, a state outside of parameters and buffers, other code or"
+                " data. Then train without it; TrainingRecorder(..., spacing=1) finds the very step. Or the device"
+                " computes with other rounding, and training amplifies it"
             )
         return found
 

@@ -53,11 +53,6 @@ class Reweighted:
         self._first, self._start = first, max(step for step in recording.state_steps if step <= first)
         self._skipped: set[tuple[int, int]] | None = None
 
-    @property
-    def normalizes_batches(self) -> bool:
-        """Whether training used batch normalization in train mode, so that weight 0 is not the same as removal."""
-        return self.player.normalizes_batches({record.structure for record in self.records()})
-
     def records(self) -> Iterator[StepRecord]:
         """The steps of the run, from the first state on."""
         return map(self.recording.record, range(self._start, self.recording.num_steps))

@@ -1,4 +1,6 @@
-"""Errors about a misspelt argument of a constructor name the user's class and the nearest right name."""
+"""Constructors show all their arguments, and errors about a misspelt one name the class and the nearest right name."""
+
+import inspect
 
 import pytest
 
@@ -22,3 +24,19 @@ from tests.lit import make_model
 def test_the_nearest_right_name(made, given, message):
     with pytest.raises(TypeError, match=message):
         made(make_model(), **{given: 1})
+
+
+@pytest.mark.parametrize(
+    ("made", "last", "default"),
+    [
+        (methods.TRAK, "audit", 2),
+        (methods.TRAK.paper, "projection", None),
+        (methods.TracIn, "engine", "auto"),
+        (methods.InfluenceFunction, "weights_only", True),
+        (methods.KNNShapley, "layer", None),
+    ],
+)
+def test_help_shows_the_arguments_that_methods_share(made, last, default):
+    arguments = inspect.signature(made).parameters
+    assert arguments[last].default == default
+    assert "options" not in arguments

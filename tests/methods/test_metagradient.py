@@ -205,7 +205,7 @@ def test_gradients_that_a_hook_changes_are_noticed(tmp_path: Path) -> None:
 
     module = Net()
     trainer = train(module, DATA, tmp_path, callbacks=[Noise()])
-    with pytest.raises(ValueError, match=r"cannot be repeated: before step 6, .* hooks or callbacks"):
+    with pytest.raises(ValueError, match=r"cannot be repeated: before step 6, .* since step 4 .* hooks or callbacks"):
         attribute(module, tmp_path, trainer)
 
 

@@ -177,6 +177,8 @@ class ByHand(LitNet):
         ({"scores": torch.zeros(13, 50)}, TypeError, "scores must be a dict of the scores .* got a Tensor"),
         ({"scores": {"mine": TopK(*torch.zeros(2, 13, 3))}}, TypeError, "scores of mine.* as a .*Tensor, .* a TopK"),
         ({"scores": {"mine": torch.full((13, 50), torch.nan)}}, ValueError, 'scores of "mine" are not finite in 650'),
+        ({"train": [DataLoader(TRAIN)] * 50}, TypeError, "a list: it holds several sets of data; pass one of them"),
+        ({"targets": L.LightningDataModule()}, TypeError, "a data module is not taken here; .* transfer hooks"),
         ({"k": 1.5}, ValueError, "`k` to be a positive integer but got 1.5"),
         ({"jointly": "no"}, TypeError, "jointly must be True or False; got 'no'"),
         ({"optimizer": None}, TypeError, r"such as trainer\.optimizers\[0\], got a NoneType"),

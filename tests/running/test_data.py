@@ -198,6 +198,7 @@ def featurized(checkpoints, tmp_path_factory):
         ({"a": DataLoader(TRAIN)}, TypeError, "a dict: it holds several loaders; pass them one by one"),
         (CombinedLoader([DataLoader(TRAIN)]), TypeError, "a CombinedLoader: it holds several loaders"),
         ([1, 2], TypeError, "cannot attribute to a list"),
+        ([Stream()], TypeError, "cannot attribute to a list"),
         ([LitNet(), LitNet()], TypeError, "cannot attribute to a list"),
         (["a", "b"], TypeError, "cannot attribute to a list"),
         ([(1, 2), (1, 2, 3)], TypeError, "cannot attribute to a list"),

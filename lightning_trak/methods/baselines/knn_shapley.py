@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
-from lightning_trak.checks import positive, require_one_of, require_options
+from lightning_trak.checks import positive, require_one_of, require_options, shows_options_of
 from lightning_trak.methods.baselines.representations import RepresentationMethod, RepresentationOptions
 from lightning_trak.methods.baselines.similarity import SIMILARITIES, Similarity, similarities
 from lightning_trak.methods.examples import Examples
@@ -38,6 +38,7 @@ class KNNShapley(RepresentationMethod):
             :class:`~lightning_trak.methods.baselines.representations.RepresentationMethod`.
     """
 
+    @shows_options_of(RepresentationMethod.__init__)
     def __init__(
         self,
         model: nn.Module,

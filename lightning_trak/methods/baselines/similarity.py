@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
-from lightning_trak.checks import require_one_of, require_options
+from lightning_trak.checks import require_one_of, require_options, shows_options_of
 from lightning_trak.methods.baselines.representations import RepresentationMethod, RepresentationOptions
 from lightning_trak.methods.examples import Examples
 from lightning_trak.running.data.sources import Data
@@ -48,6 +48,7 @@ class RepresentationSimilarity(RepresentationMethod):
         scores = method.attribute(trainer, train_loader, target_loader)
     """
 
+    @shows_options_of(RepresentationMethod.__init__)
     def __init__(
         self,
         model: nn.Module,

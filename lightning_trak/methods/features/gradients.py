@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
-from lightning_trak.checks import require_one_of, require_options
+from lightning_trak.checks import require_one_of, require_options, shows_options_of
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import select_parameters
 from lightning_trak.methods.features.base import FeatureMethod, FeatureOptions
@@ -32,6 +32,7 @@ class _GradientMethod(FeatureMethod):
 
     _scorer: type[GradientDotScorer] = GradientDotScorer
 
+    @shows_options_of(FeatureMethod.__init__)
     def __init__(
         self,
         model: nn.Module,
@@ -112,11 +113,12 @@ class GradientDot(_GradientMethod):
         preconditioned: whether the step is Adam's: the gradient of the training example, and not that of the target, is
             multiplied by :math:`1 / (\sqrt{\hat v} + \epsilon)`, made of the second moments of the snapshot. The
             snapshots need ``TRAKCallback(..., preconditioner=True)``, and the features a store of their own.
-        **options: ``output``, ``projection``, ``parameters``, ``engine``, ``seed``, ``dtype`` and ``weights_only``, as
-            for :class:`~lightning_trak.TRAK`. With :class:`~lightning_trak.projections.IdentityProjection` the products
-            are exact, with others estimates.
+        **options: ``output``, ``projection``, ``parameters``, ``engine``, ``seed``, ``dtype``, ``weights_only`` and
+            ``audit``, as for :class:`~lightning_trak.TRAK`. With
+            :class:`~lightning_trak.projections.IdentityProjection` the products are exact, with others estimates.
     """
 
+    @shows_options_of(_GradientMethod.__init__)
     def __init__(
         self,
         model: nn.Module,
@@ -160,6 +162,7 @@ class TracIn(_GradientMethod):
             its own, and add the scores: the sum is TracIn's.
     """
 
+    @shows_options_of(_GradientMethod.__init__)
     def __init__(
         self,
         model: nn.Module,

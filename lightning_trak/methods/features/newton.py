@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
-from lightning_trak.checks import number_or_auto, real, require_one_of, require_options
+from lightning_trak.checks import number_or_auto, real, require_one_of, require_options, shows_options_of
 from lightning_trak.features.passes.pipeline import FeaturePipeline
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods.features.base import FeatureMethod, FeatureOptions
@@ -41,6 +41,7 @@ class NewtonMethod(FeatureMethod):
 
     _shown = (*FeatureMethod._shown, "curvature", "damping", "loss_gradients", "temperature", "lag")
 
+    @shows_options_of(FeatureMethod.__init__)
     def __init__(
         self,
         model: nn.Module,

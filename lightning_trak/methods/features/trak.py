@@ -3,14 +3,17 @@
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import lightning as L
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
+from lightning_trak.checks import shows_options_of
 from lightning_trak.features.store import FeatureStore
-from lightning_trak.methods.features.newton import NewtonMethod
+from lightning_trak.methods.features.base import FeatureMethod, FeatureOptions
+from lightning_trak.methods.features.newton import CurvatureChoice, NewtonMethod
 from lightning_trak.methods.features.rescoring import ExactScores
 from lightning_trak.projections import GaussianProjection
 from lightning_trak.running.data.sources import Data
@@ -18,7 +21,9 @@ from lightning_trak.running.ranks import Ranks
 from lightning_trak.running.trainers import trainer_of
 from lightning_trak.scoring.damping import Damping, require_damping
 from lightning_trak.scoring.newton.dual import smaller_scorer
-from lightning_trak.scoring.newton.trak import TRAKScorer
+from lightning_trak.scoring.newton.lag import Lag
+from lightning_trak.scoring.newton.temperature import Temperature
+from lightning_trak.scoring.newton.trak import LossGradients, TRAKScorer
 
 
 class TRAK(NewtonMethod):
@@ -87,12 +92,20 @@ class TRAK(NewtonMethod):
     """
 
     @classmethod
+    @shows_options_of(FeatureMethod.__init__)
     def paper(
         cls,
         model: nn.Module,
         checkpoints: CheckpointsLike | None = None,
         store: str | Path | None = None,
-        **options: Any,
+        *,
+        curvature: CurvatureChoice = "identity",
+        damping: Damping = 0.0,
+        loss_gradients: LossGradients = "averaged",
+        soft_threshold: float = 0.0,
+        temperature: Temperature | None = None,
+        lag: Lag = "auto",
+        **options: Unpack[FeatureOptions],
     ) -> "TRAK":
         """TRAK as published (arXiv 2303.14186): a Gaussian projection, no curvature, no damping, Q averaged separately.
 
@@ -100,7 +113,13 @@ class TRAK(NewtonMethod):
             model: as for :class:`TRAK`.
             checkpoints: as for :class:`TRAK`.
             store: as for :class:`TRAK`.
-            **options: what :class:`TRAK` takes; these replace the published settings.
+            curvature: as for :class:`TRAK`.
+            damping: as for :class:`TRAK`.
+            loss_gradients: as for :class:`TRAK`.
+            soft_threshold: as for :class:`TRAK`.
+            temperature: as for :class:`TRAK`.
+            lag: as for :class:`TRAK`.
+            **options: what else :class:`TRAK` takes. The default projection is ``GaussianProjection(2048)``.
 
         Example::
 
@@ -109,10 +128,20 @@ class TRAK(NewtonMethod):
                 model, "run/snapshots", "run/features", projection=projection
             )
         """
-        published: dict[str, Any] = {"curvature": "identity", "damping": 0.0, "loss_gradients": "averaged"}
         if options.get("projection") is None:
             options["projection"] = GaussianProjection(2048)
-        return cls(model, checkpoints, store, **(published | options))
+        return cls(
+            model,
+            checkpoints,
+            store,
+            curvature=curvature,
+            damping=damping,
+            loss_gradients=loss_gradients,
+            soft_threshold=soft_threshold,
+            temperature=temperature,
+            lag=lag,
+            **options,
+        )
 
     def score_dampings(
         self,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
-from lightning_trak.checks import require_one_of, require_options
+from lightning_trak.checks import require_one_of, require_options, shows_options_of
 from lightning_trak.gradients import select_parameters
 from lightning_trak.methods.influence.base import Influence, InfluenceOptions
 from lightning_trak.methods.influence.blocks import find_blocks
@@ -54,6 +54,7 @@ class EKFACInfluence(Influence):
             :class:`~lightning_trak.methods.influence.base.Influence`.
     """
 
+    @shows_options_of(Influence.__init__)
     def __init__(
         self,
         model: nn.Module,

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
-from lightning_trak.checks import require_one_of, require_options
+from lightning_trak.checks import require_one_of, require_options, shows_options_of
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.influence.base import Influence, InfluenceOptions
 from lightning_trak.methods.influence.conjugate_gradient import ConjugateGradient
@@ -56,6 +56,7 @@ class InfluenceFunction(Influence):
         scores = method.attribute(trainer, train_loader, target_loader)
     """
 
+    @shows_options_of(Influence.__init__)
     def __init__(
         self,
         model: nn.Module,

@@ -54,7 +54,6 @@ class Differentiated:
         average_order: whether examples count in all steps, see :mod:`lightning_trak.replay.reverse.average_order`.
 
     Attributes:
-        normalizes_batches: whether training used batch normalization in train mode.
         rounds_steps: whether the optimizer's own steps are rounded more than the weights are.
 
     Raises:
@@ -91,7 +90,6 @@ class Differentiated:
         self._last = player.state_before(recording.num_steps)
         self._require_derivative(losses)
         self.rounds_steps = player.update.rounding > 0
-        self.normalizes_batches = player.normalizes_batches(structures)
 
     def _require_derivative(self, losses: Losses) -> None:
         """Check that the gradient of the losses has the derivative that autograd gives, on a few examples."""

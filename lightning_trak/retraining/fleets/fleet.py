@@ -38,7 +38,7 @@ from lightning_trak.retraining.training.left_out import require_trainable_togeth
 from lightning_trak.retraining.training.together import train_together
 from lightning_trak.running.chunks import chunked
 from lightning_trak.running.data.content import fingerprint
-from lightning_trak.running.data.loaders import as_loader
+from lightning_trak.running.data.loaders import WITHOUT_DATAMODULE, as_loader
 from lightning_trak.running.data.loading import batch_size_of, load, num_examples, sample_batches
 from lightning_trak.running.data.ordering import require_order
 from lightning_trak.running.parts import Part, share
@@ -71,7 +71,7 @@ class RetrainingFleet(Displayed):
 
     Args:
         directory: where members are kept, on a disk that all processes see. It may hold members from earlier runs.
-        make_module: makes a new LightningModule in each call.
+        make_module: makes a new LightningModule in each call. Pretrained weights must not have seen ``train``.
         make_trainer: makes a new Trainer of one process in each call, with new callbacks. Switch its progress bar,
             logger and checkpoints off unless you want them for each member. If a callback or a scheduler needs
             validation data, such as EarlyStopping, give the module a ``val_dataloader()``. One Trainer and two modules
@@ -369,6 +369,6 @@ class RetrainingFleet(Displayed):
 
 def _one_loader(name: str, data: Any) -> DataLoader[Any]:
     if not isinstance(data, (DataLoader, Dataset)):
-        loaders = "; pass what its dataloader methods return" if is_a(data, L.LightningDataModule) else ""
-        raise TypeError(f"{name} must be a map-style Dataset or a DataLoader, got {type(data).__name__}{loaders}")
+        advice = f"; {WITHOUT_DATAMODULE}" if is_a(data, L.LightningDataModule) else ""
+        raise TypeError(f"{name} must be a map-style Dataset or a DataLoader, got {type(data).__name__}{advice}")
     return as_loader(data)

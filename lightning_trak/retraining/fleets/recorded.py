@@ -18,7 +18,7 @@ from lightning_trak.fingerprints import fingerprint, module_fingerprint
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import fixed_output, require_alone
-from lightning_trak.replay.coupling import coupling
+from lightning_trak.replay.coupling import warn_of_coupling
 from lightning_trak.replay.losses import Losses, training_losses
 from lightning_trak.replay.player import Player
 from lightning_trak.replay.recording.reading import Recording
@@ -64,8 +64,7 @@ class RecordedFleet(Displayed):
         masks: bool ``(num_members, num_train)``, false where an example's loss gets weight 0; see
             :func:`~lightning_trak.retraining.random_removals`.
         output: the output to keep; default: the model's ``configure_model_output()``.
-        losses: ``(module, batch) -> losses`` of shape ``(batch,)``, whose mean ``training_step`` returns; default: the
-            loss of the output.
+        losses: as for :class:`~lightning_trak.methods.Metagradient`.
         overwrite: as for :class:`RetrainingFleet`.
 
     Attributes:
@@ -243,18 +242,7 @@ class RecordedFleet(Displayed):
                 self.store.write(member, row, record)
 
     def _warn(self) -> None:
-        if self._run.normalizes_batches:
-            warnings.warn(
-                "the model has batch normalization in train mode: an example with weight 0 is still part of the batch's"
-                " statistics, so members show what its loss did, not what its removal from the data does",
-                stacklevel=3,
-            )
-        coupled = coupling(self._run.player, self._run.losses)
-        if coupled:
-            warnings.warn(
-                f"{coupled}, so members show what its own loss did, not what its removal from the data does",
-                stacklevel=3,
-            )
+        warn_of_coupling(self._run.player, self._run.losses, "members show", 3)
         recorded = self._run.recording.manifest["environments"][-1]
         names = ("torch", "device", "hardware")
         there, here = ([environment.get(name) for name in names] for environment in (recorded, self._environment))

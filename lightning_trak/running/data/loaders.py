@@ -16,6 +16,9 @@ from lightning_trak.running.data.samplers import require_whole
 from lightning_trak.running.data.streaming import StreamingItems, is_streaming
 
 DEFAULT_BATCH_SIZE = 32
+WITHOUT_DATAMODULE = (
+    "pass what its dataloader methods return, and put its batch transfer hooks, if it has any, into the module"
+)
 
 
 class MapStyle(Protocol):
@@ -123,8 +126,8 @@ def _is_list_of_examples(data: Any) -> bool:
 
 
 def _is_object(item: Any) -> bool:
-    """Whether an item is of a class that says how an example looks, and not a value, a container or a model."""
-    other = (Tensor, np.ndarray, np.generic, tuple, list, Mapping, Path, torch.nn.Module)
+    """Whether an item is of a class that says how an example looks, and not a value, a container, data or a model."""
+    other = (Tensor, np.ndarray, np.generic, tuple, list, Mapping, Path, torch.nn.Module, DataLoader, Dataset)
     known = type(item).__module__ == "builtins" or isinstance(item, other)
     return not known and not is_a(item, CombinedLoader, L.LightningDataModule)
 
@@ -160,8 +163,12 @@ def _reason(data: Any) -> str:
         return f"{data.__name__} is a class; pass an instance of it"
     if isinstance(data, (str, Path)):
         return f'"{data}" is a text, not data; load the data that it names, and pass them as a Dataset or DataLoader'
+    if is_a(data, L.LightningDataModule):
+        return f"a data module is not taken here; {WITHOUT_DATAMODULE}"
     if is_a(data, CombinedLoader) or any(isinstance(value, DataLoader) for value in values):
         return "it holds several loaders; pass them one by one, or pass score a list of them"
+    if holds_several(data):
+        return "it holds several sets of data; pass one of them, or join them with a ConcatDataset"
     if any(_is_dataset(value) for value in values):
         return f"it holds several datasets; pass one of them: {', '.join(map(repr, data))}"
     if isinstance(data, IterableDataset):
