@@ -48,6 +48,8 @@ class ContrastiveMargin(ModelOutput):
             batch composition to another, in bfloat16 by about 1e-2.
     """
 
+    averages = True  # both directions; and what a pair does as a negative of others is in the training loss, not in f
+
     def __init__(
         self,
         temperature: Temperature = 0.07,

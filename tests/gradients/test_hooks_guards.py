@@ -27,10 +27,11 @@ def test_types_are_matched_exactly():
     names = select_parameters(module)
     left_out = HookEngine.uncovered(module, names)
     assert set(names) - set(left_out) == {"0.weight", "0.bias"}
-    assert left_out["1.weight"] == "1 (_Doubled): no layer class covers this type"
-    assert left_out["2.bias"] == "2 (Linear): its forward was replaced"
+    assert left_out["1.weight"] == "_Doubled: no layer class covers this type"
+    assert left_out["2.bias"] == "Linear: its forward was replaced"
     with pytest.raises(
-        ValueError, match=r"hooks cover 2 of 9 parameters and leave out .*1.weight \[[\d.]+%\]: 1 \(_Dou"
+        ValueError,
+        match=r"hooks cover 2 of 9 parameters and leave out .*_Doubled: .*: 1.weight \[[\d.]+%\].* MixedEngine",
     ):
         HookEngine(module, ClassificationMargin(), names)
 
@@ -65,9 +66,12 @@ def test_a_parameter_tied_to_an_uncovered_module_is_left_out():
 
 def test_the_report_names_shares_and_what_to_do():
     report = coverage_report({"b": "why"}, {"a": 30, "b": 10})
-    assert report.startswith("hooks cover 1 of 2 parameters and leave out 25% of their 40 elements: b [25%]: why.")
+    assert report.startswith("hooks cover 1 of 2 parameters and leave out 25% of their 40 elements: why: b [25%].")
     assert "parameters=" in report
     assert "Layer" in report
+    adapters = [f"{i}.lora" for i in range(100)]
+    report = coverage_report(dict.fromkeys(adapters, "why") | {"c": "else"}, dict.fromkeys([*adapters, "c"], 1))
+    assert " elements: why: 0.lora [0.99%], 1.lora [0.99%], 2.lora [0.99%] and 97 more; else: c [0.99%]." in report
     assert coverage_report({}, {"a": 30}) == "hooks cover all 1 parameters (30 elements)"
 
 

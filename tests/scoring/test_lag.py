@@ -12,6 +12,7 @@ from lightning_trak.features.store import FeatureStore
 from lightning_trak.outputs import (
     CausalLMMargin,
     ClassificationMargin,
+    ContrastiveMargin,
     MultiLabelMargin,
     NegativeLoss,
     SegmentationMargin,
@@ -181,7 +182,14 @@ def test_losses_that_are_means_over_predictions_change_the_temperature_alone(tmp
 
 
 @pytest.mark.parametrize(
-    "output", [CausalLMMargin(), SegmentationMargin(), MultiLabelMargin(), NegativeLoss(lambda module, batch: batch)]
+    "output",
+    [
+        CausalLMMargin(),
+        SegmentationMargin(),
+        MultiLabelMargin(),
+        ContrastiveMargin(),
+        NegativeLoss(lambda module, batch: batch),
+    ],
 )
 def test_outputs_of_several_predictions_say_so(tmp_path, output):
     assert output.averages

@@ -19,6 +19,7 @@ from lightning_trak.methods import (
     Metagradient,
     RandomScores,
     RepresentationSimilarity,
+    TrainingLoss,
 )
 from lightning_trak.metrics.functional import mislabel_detection_curve
 from lightning_trak.projections import SparseProjection
@@ -44,6 +45,7 @@ def objects():
         RepresentationSimilarity(model),
         KNNShapley(model, k=3),
         RandomScores(),
+        TrainingLoss(model),
         BM25("text"),
         Datamodels(MASKS, torch.zeros(3, 5)),
         DataShapley(LitNet, make_trainer),

@@ -64,7 +64,7 @@ class HookEngine(GradientEngine):
         tracked, left_out = find_tracked_modules(module, names)
         if left_out:
             sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
-            raise EngineError(coverage_report(left_out, sizes))
+            raise EngineError(f"{coverage_report(left_out, sizes)}; or use MixedEngine")
         self._tracked = {each.module: each for each in tracked}
         self._shared: dict[Shapes, SharedOutputs] = {}
         self._proven: set[tuple[int, tuple[Signature, ...]]] = set()

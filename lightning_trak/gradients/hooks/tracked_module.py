@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_trak.gradients.hooks.layers import Layer, layer_of
+from lightning_trak.texts.messages import listed
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,7 @@ class TrackedModule:
     @property
     def description(self) -> str:
         """Its path and type, for errors."""
-        return _description(self.path, self.module)
+        return f"{self.path or 'the model itself'} ({type(self.module).__name__})"
 
 
 def find_tracked_modules(module: nn.Module, names: dict[str, str]) -> tuple[list[TrackedModule], dict[str, str]]:
@@ -62,7 +63,7 @@ def find_tracked_modules(module: nn.Module, names: dict[str, str]) -> tuple[list
         for attribute, name in own.items():
             reason = _refusal(part, layer, attribute)
             if reason is not None:
-                left_out[name] = f"{_description(path, part)}: {reason}"
+                left_out[name] = f"{type(part).__name__}: {reason}"
         if layer is not None:
             candidates.append(TrackedModule(path, layer, own))
     tracked = []
@@ -85,12 +86,8 @@ def _refusal(module: nn.Module, layer: Layer | None, attribute: str) -> str | No
     return layer.refusal()
 
 
-def _description(path: str, module: nn.Module) -> str:
-    return f"{path or 'the model itself'} ({type(module).__name__})"
-
-
 def coverage_report(left_out: Mapping[str, str], sizes: Mapping[str, int]) -> str:
-    """A text: which parameters hooks leave out, their share of all elements, and what to do.
+    """A text: which parameters hooks leave out, their share of all elements, and what to do to use hooks.
 
     Args:
         left_out: canonical parameter name -> reason.
@@ -100,9 +97,12 @@ def coverage_report(left_out: Mapping[str, str], sizes: Mapping[str, int]) -> st
     if not left_out:
         return f"hooks cover all {len(sizes)} parameters ({total} elements)"
     missing = sum(sizes[name] for name in left_out)
-    reasons = "; ".join(f"{name} [{100 * sizes[name] / total:.3g}%]: {reason}" for name, reason in left_out.items())
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        by_reason.setdefault(reason, []).append(f"{name} [{100 * sizes[name] / total:.3g}%]")
+    reasons = "; ".join(f"{reason}: {listed(names)}" for reason, names in by_reason.items())
     return (
         f"hooks cover {len(sizes) - len(left_out)} of {len(sizes)} parameters and leave out"
-        f" {100 * missing / total:.3g}% of their {total} elements: {reasons}. Differentiate these by vmap"
-        " (MixedEngine), leave them out by parameters=, or cover their modules' types by a subclass of Layer"
+        f" {100 * missing / total:.3g}% of their {total} elements: {reasons}. To use hooks, leave them out by"
+        " parameters=, or cover their modules' types by a subclass of Layer"
     )

@@ -17,9 +17,10 @@ from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.mixin import trained_output
 from lightning_trak.running.data.sources import Data
 from lightning_trak.running.trainers import trainer_of
+from lightning_trak.texts.display import Displayed
 
 
-class TrainingLoss(LabelStatistic):
+class TrainingLoss(Displayed, LabelStatistic):
     """How badly does the model fit the training example, on average over checkpoints?
 
     A high loss is typical of a wrong label, as long as the model has not learned the label by heart. So snapshots from
@@ -40,6 +41,8 @@ class TrainingLoss(LabelStatistic):
         TypeError: if the output does not determine the loss.
         ValueError: if the output depends on other training examples.
     """
+
+    _shown = ("model", "checkpoints", "output")
 
     def __init__(
         self,

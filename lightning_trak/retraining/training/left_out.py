@@ -86,4 +86,7 @@ def require_nothing_left_out(left_out: Sequence[str]) -> None:
         TypeError: if there is something, naming it.
     """
     if left_out:
-        raise TypeError(f"training many modules at once leaves out {', '.join(left_out)}; train them one at a time")
+        raise TypeError(
+            f"training many modules at once leaves out {', '.join(left_out)}; train them one at a time (a fleet: run()"
+            " without together=)"
+        )
