@@ -86,7 +86,10 @@ class BoundRandomProjection(BoundProjection):
         step = max(1, _BLOCK_VALUES // self._config.values_per_row)
         for first in range(start // step * step, stop, step):
             begin, end = max(start, first), min(stop, first + step)
-            yield begin, self._rows(name, first, min(step, self._lengths[name] - first), slice(begin - first, end - first))
+            yield (
+                begin,
+                self._rows(name, first, min(step, self._lengths[name] - first), slice(begin - first, end - first)),
+            )
 
     def _rows(self, name: str, first: int, length: int, wanted: slice) -> Tensor:
         """Some rows of a block. The cache keeps a whole block or nothing of it."""

@@ -135,7 +135,7 @@ class Fold:
         found = signed[..., self._column_places] * self._placed_signs.flatten()
         shifts = torch.tensor(self._row_shifts, device=numbers.device)
         places = (numbers.unsqueeze(2) + shifts) % self.shape[0]
-        return found.unflatten(2, (self.shape[1], -1)).mT.flatten(1, 2), places.flatten(1)
+        return found.view(*rows.shape[:2], self.shape[1], -1).mT.flatten(1, 2), places.flatten(1)
 
     def _slices(self) -> Iterator[tuple[int, slice]]:
         """The number and the columns of each slice."""

@@ -55,11 +55,10 @@ class SparseProjection(RandomProjection):
     a feature of its own choice. A parameter of at most ``dim`` elements has no collisions within itself if ``dim`` is
     8192 or more.
 
-    A matrix of at least 32 max(``dim``, 8192) elements is first folded to half as many sums or more (:class:`Fold`), and
-    these take the place of its elements. The layers that have factors give them without forming the gradient. Two
-    elements have the same sum of a fold with probability 1 / ((n - 1) s) at most, for n rows of s sums. It is added to
-    p_ij of these pairs. Elements that have different sums are in one block as often, so the mean p_ij is still about
-    1 / dim.
+    A matrix of at least 32 max(``dim``, 8192) elements is first folded (:class:`Fold`), to at least 16 sums for each
+    feature, which take the place of its elements. Layers with few positions give them without forming the gradient. Two
+    elements have the same sum of a fold of n rows of s sums with probability 1 / ((n - 1) s) at most, which is added to
+    their p_ij. The mean p_ij is still about 1 / dim, since sums that are in one block never have the same feature.
 
     Models of at most ``dim`` parameters need no sums: their features are the gradients, and k is the number of their
     parameters.
@@ -242,7 +241,7 @@ class BoundSparseProjection(BoundRandomProjection):
         columns = self._row_sizes[name]
         dtype = torch.promote_types(gradients.dtype, features.dtype)
         sums = gradients.new_zeros(len(gradients), *fold.shape, dtype=dtype)
-        fold.add_(sums, gradients.unflatten(1, (-1, columns)), start // columns)
+        fold.add_(sums, gradients.reshape(len(gradients), -1, columns), start // columns)
         self._add_elements(features, name, sums.flatten(1), 0)
 
     def add_folded_(self, features: Tensor, name: str, sums: Tensor) -> None:

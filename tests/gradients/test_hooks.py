@@ -13,7 +13,13 @@ from lightning_trak.gradients import HookEngine, LoopEngine, MixedEngine, select
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks import projector
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, NegativeLoss
-from lightning_trak.projections import GaussianProjection, IdentityProjection, KroneckerProjection, SparseProjection, fold
+from lightning_trak.projections import (
+    GaussianProjection,
+    IdentityProjection,
+    KroneckerProjection,
+    SparseProjection,
+    fold,
+)
 from tests.zoo import ZOO, specimen
 
 KRONECKER = [KroneckerProjection(3, 2), KroneckerProjection(4, 5, dim=32), KroneckerProjection(1000, 1000)]
