@@ -20,10 +20,10 @@ class Fold:
     r and column c have random signs u_r and v_c. Slice f, times u_r v_c, is cyclically shifted by t_f rows and by w_f
     columns, and added to the sums, a matrix of as many rows and s columns. The shifts t_f are all different.
 
-    A gradient that is a sum of outer products, A^T B, with output gradients A (positions x rows) and inputs B (positions
-    x columns), need not be formed. The sums are one product of matrices themselves: each slice of B, times its signs
-    and shifted by columns, is multiplied with A, times its signs and shifted by rows. It takes as many multiplications
-    as A^T B, but fewer numbers are written and read again.
+    A gradient that is a sum of outer products, A^T B, with output gradients A (positions x rows) and inputs B
+    (positions x columns), need not be formed. The sums are one product of matrices themselves: each slice of B, times
+    its signs and shifted by columns, is multiplied with A, times its signs and shifted by rows. It takes as many
+    multiplications as A^T B, but fewer numbers are written and read again.
 
     All signs and shifts are independent and uniform. Two elements can have the same sum only if they are of different
     rows, columns and slices. Then the probability is ``1 / ((rows - 1) * s)``. The sign of a pair is u_r u_r' v_c v_c',
@@ -143,7 +143,7 @@ class Fold:
         return ((index, slice(index * width, (index + 1) * width)) for index in range(len(self._row_shifts)))
 
     def _add_slice(self, sums: Tensor, piece: Tensor, index: int, start: int) -> None:
-        """Shift and add rows from ``start`` on of a slice, shape (batch, n, s or less), times the signs of their rows."""
+        """Shift and add rows of a slice from ``start`` on, shape (batch, n, s or less), times the signs of rows."""
         height, width = self.shape
         signs = self._column_signs[index * width : (index + 1) * width].to(sums.dtype)
         for column, length, place in _shifted(0, piece.shape[2], self._column_shifts[index], width):
@@ -159,7 +159,7 @@ def _words(stream: Stream, count: int, device: torch.device) -> Tensor:
 
 
 def _shifted(start: int, stop: int, shift: int, length: int) -> Iterator[tuple[int, int, int]]:
-    """Cut consecutive places at the end of a cyclic shift: the first place, the number, and where the first one goes."""
+    """Cut consecutive places where a cyclic shift ends: the first place, the number, where the first one goes."""
     cut = min(max(start, length - shift), stop)
     if start < cut:
         yield start, cut - start, start + shift

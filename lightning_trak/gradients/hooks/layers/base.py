@@ -220,7 +220,7 @@ class Layer(ABC):
     def positions(self, call: LayerCall) -> int:
         """How many positions the :meth:`factors` of an example have."""
         weight = self.module.get_parameter("weight")
-        outputs = weight[0].numel() if self.rows_are_inputs else len(weight)
+        outputs = weight.numel() // len(weight) if self.rows_are_inputs else len(weight)
         return call.output_gradient.numel() // (call.size * outputs)
 
     def matrix_factors(self, call: LayerCall) -> tuple[Tensor, Tensor]:
