@@ -110,6 +110,16 @@ def resnet9(size: int = 32) -> Workload:
     return Workload(ResNet9().eval(), ClassificationMargin(), batch, size, "layers.0.1.bias", "examples", size)
 
 
+def perceptron(size: int = 64) -> Workload:
+    """A perceptron of 4.2M weights in three layers with a batch of CIFAR-shaped noise."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(3072, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)
+    )
+    batch = (torch.randn(size, 3, 32, 32), torch.randint(10, (size,)))
+    return Workload(model.eval(), ClassificationMargin(), batch, size, "1.bias", "examples", size)
+
+
 def gpt2_6(size: int = 8) -> Workload:
     """GPT-2 small with six of its twelve layers (the size of DistilGPT2, 82M parameters), 128 random tokens a text."""
     return _gpt2(size, layers=6, length=128)
@@ -143,6 +153,7 @@ def resnet18(size: int = 64) -> Workload:
 
 WORKLOADS: dict[str, Callable[[int], Workload]] = {
     "resnet9": resnet9,
+    "perceptron": perceptron,
     "gpt2, 6 layers": gpt2_6,
     "resnet18": resnet18,
     "gpt2": gpt2_12,

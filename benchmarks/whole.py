@@ -20,10 +20,10 @@ from lightning_trak import TRAK
 from lightning_trak.projections import KroneckerProjection, SparseProjection
 
 # Examples and batch size; fewer examples in the short mode, and more on a GPU.
-SIZES = {"resnet9": (1000, 32), "gpt2, 6 layers": (32, 8)}
+SIZES = {"resnet9": (1000, 32), "perceptron": (4096, 64), "gpt2, 6 layers": (32, 8)}
 GPU_SIZES = {"resnet9": (10_240, 512), "gpt2, 6 layers": (256, 32)}
 GPU_WORKERS = 8
-QUICK_SIZES = {"resnet9": (64, 32), "gpt2, 6 layers": (4, 2)}
+QUICK_SIZES = {"resnet9": (64, 32), "perceptron": (128, 64), "gpt2, 6 layers": (4, 2)}
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "SparseProjection(8192)": {"projection": SparseProjection(8192)},
@@ -39,7 +39,7 @@ def whole(run: Run) -> list[Row]:
     sizes = QUICK_SIZES if run.quick else GPU_SIZES if on_gpu else SIZES
     for threads in [1] if on_gpu else sorted({1, os.cpu_count() or 1}):
         for name, (examples, size) in sizes.items():
-            if name == "resnet9" or importlib.util.find_spec("transformers"):
+            if not name.startswith("gpt2") or importlib.util.find_spec("transformers"):
                 with on_threads(threads):
                     measured = _measure(run, WORKLOADS[name](size), examples)
                 prefix = f"{name}, GPU" if on_gpu else f"{name}, {threads} thread{'s' * (threads > 1)}"

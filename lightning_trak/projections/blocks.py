@@ -57,9 +57,9 @@ class RandomProjection(Projection):
             row and the column.
         """
 
-    def streams(self, names: Iterable[str], seed: int, checkpoint: int) -> dict[str, Stream]:
-        """The stream of random numbers for each parameter."""
-        kind = type(self).__qualname__
+    def streams(self, names: Iterable[str], seed: int, checkpoint: int, purpose: str = "") -> dict[str, Stream]:
+        """The stream of random numbers for each parameter, and for a purpose if there are several."""
+        kind = type(self).__qualname__ + purpose
         return {name: Stream.derive(kind, seed, checkpoint, name) for name in names}
 
 
@@ -74,6 +74,7 @@ class BoundRandomProjection(BoundProjection):
         device: torch.device,
     ) -> None:
         super().__init__(shapes, config.dim)
+        self._lengths = dict(self.sizes)  # rows of P_name that are random blocks
         self._config = config
         self._streams = streams
         self._device = device
@@ -85,7 +86,10 @@ class BoundRandomProjection(BoundProjection):
         step = max(1, _BLOCK_VALUES // self._config.values_per_row)
         for first in range(start // step * step, stop, step):
             begin, end = max(start, first), min(stop, first + step)
-            yield begin, self._rows(name, first, min(step, self.sizes[name] - first), slice(begin - first, end - first))
+            yield (
+                begin,
+                self._rows(name, first, min(step, self._lengths[name] - first), slice(begin - first, end - first)),
+            )
 
     def _rows(self, name: str, first: int, length: int, wanted: slice) -> Tensor:
         """Some rows of a block. The cache keeps a whole block or nothing of it."""

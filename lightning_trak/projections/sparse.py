@@ -12,11 +12,14 @@ from torch import Tensor
 
 from lightning_trak.projections.base import BoundProjection
 from lightning_trak.projections.blocks import BoundRandomProjection, RandomProjection
+from lightning_trak.projections.fold import Fold
 from lightning_trak.projections.identity import BoundIdentityProjection
 from lightning_trak.projections.philox import SIGNS, Stream
 
 # Sums are at least this many, so that a block of elements is long enough for one vectorised addition.
 _SUMS = 1 << 13
+# A matrix is folded to at least this many sums for each feature.
+_FOLDED = 16
 # Up to this many blocks of elements are added to the features at once. For more, sums of twice the length save runs.
 _FEW = 24
 
@@ -51,6 +54,11 @@ class SparseProjection(RandomProjection):
     So the variance is at most ``(|x|^2 |y|^2 + <x, y>^2 - 2 sum_i x_i^2 y_i^2) / dim``, its value if every element had
     a feature of its own choice. A parameter of at most ``dim`` elements has no collisions within itself if ``dim`` is
     8192 or more.
+
+    A matrix of at least 32 max(``dim``, 8192) elements is first folded (:class:`Fold`), to at least 16 sums for each
+    feature, which take the place of its elements. Layers with few positions give them without forming the gradient. Two
+    elements have the same sum of a fold of n rows of s sums with probability 1 / ((n - 1) s) at most, which is added to
+    their p_ij. The mean p_ij is still about 1 / dim, since sums that are in one block never have the same feature.
 
     Models of at most ``dim`` parameters need no sums: their features are the gradients, and k is the number of their
     parameters.
@@ -99,7 +107,25 @@ class SparseProjection(RandomProjection):
         """Fix the projection for one checkpoint, see :meth:`Projection.bind`."""
         if sum(map(math.prod, shapes.values())) <= self.dim:
             return BoundIdentityProjection(shapes)
-        return BoundSparseProjection(self, shapes, self.streams(shapes, seed, checkpoint), device)
+        folds = self._folds(shapes, seed, checkpoint, device)
+        return BoundSparseProjection(self, shapes, self.streams(shapes, seed, checkpoint), folds, device)
+
+    def _folds(
+        self, shapes: Mapping[str, Sequence[int]], seed: int, checkpoint: int, device: torch.device
+    ) -> dict[str, Fold]:
+        """The folds of large matrices."""
+        slices = {name: self._slices(shape[0], math.prod(shape[1:])) for name, shape in shapes.items() if shape}
+        large = {name: number for name, number in slices.items() if number > 1}
+        rows, columns = (self.streams(large, seed, checkpoint, side) for side in ("/rows", "/columns"))
+        with torch.inference_mode(False):  # they are used outside the inference mode of this pass, too
+            return {
+                name: Fold(shapes[name][0], math.prod(shapes[name][1:]), number, rows[name], columns[name], device)
+                for name, number in large.items()
+            }
+
+    def _slices(self, rows: int, columns: int) -> int:
+        """In how many slices a matrix is folded. With 16 positions, copies of factors and sums are then as large."""
+        return min(rows, rows * columns // (_FOLDED * max(self.dim, _SUMS)), math.isqrt(columns) // 4)
 
 
 class Placement:
@@ -185,7 +211,11 @@ class _Run(NamedTuple):
 
 
 class BoundSparseProjection(BoundRandomProjection):
-    """A :class:`SparseProjection` of one checkpoint's parameters, made by its ``bind``."""
+    """A :class:`SparseProjection` of one checkpoint's parameters, made by its ``bind``.
+
+    Attributes:
+        folds: the folds of large matrices, by the name of the parameter.
+    """
 
     _config: SparseProjection
 
@@ -194,13 +224,38 @@ class BoundSparseProjection(BoundRandomProjection):
         config: SparseProjection,
         shapes: Mapping[str, Sequence[int]],
         streams: Mapping[str, Stream],
+        folds: Mapping[str, Fold],
         device: torch.device,
     ) -> None:
         super().__init__(config, shapes, streams, device)
+        self.folds = folds
+        self._lengths.update({name: fold.size for name, fold in folds.items()})
         self._placements: dict[str, Placement] = {}
         self._last_runs: tuple[object, list[_Run]] | None = None
 
     def _add(self, features: Tensor, name: str, gradients: Tensor, start: int) -> None:
+        fold = self.folds.get(name)
+        if fold is None:
+            self._add_elements(features, name, gradients, start)
+            return
+        columns = self._row_sizes[name]
+        dtype = torch.promote_types(gradients.dtype, features.dtype)
+        sums = gradients.new_zeros(len(gradients), *fold.shape, dtype=dtype)
+        fold.add_(sums, gradients.reshape(len(gradients), -1, columns), start // columns)
+        self._add_elements(features, name, sums.flatten(1), 0)
+
+    def add_folded_(self, features: Tensor, name: str, sums: Tensor) -> None:
+        """Add the gradients of a matrix that has a fold, from their sums.
+
+        Args:
+            features: features so far, float32 or float64 of shape (batch, dim).
+            name: name of the parameter.
+            sums: the sums that its fold gives, of shape (batch, rows, columns).
+        """
+        self._add_elements(features, name, sums.flatten(1), 0)
+
+    def _add_elements(self, features: Tensor, name: str, gradients: Tensor, start: int) -> None:
+        """Add elements of a gradient, or sums of its fold, from ``start`` on."""
         placement = self._placement(name)
         dtype = torch.promote_types(gradients.dtype, features.dtype)
         stop = start + gradients.shape[1]
@@ -246,6 +301,8 @@ class BoundSparseProjection(BoundRandomProjection):
             numbers: the indices of these rows, int64 of shape (batch, n). Rows with the same index are summed.
         """
         placement = self._placement(name)
+        if name in self.folds:
+            rows, numbers = self.folds[name].of_rows(rows, numbers)
         columns = rows.shape[2]
         starts = numbers * columns
         drawn = self._config.signs_of_runs(self._streams[name], starts.flatten(), columns).view_as(rows)
@@ -258,7 +315,7 @@ class BoundSparseProjection(BoundRandomProjection):
 
         Args:
             features: features so far, float32 or float64 of shape (batch, dim).
-            names: names of the parameters.
+            names: names of the parameters, which have no folds.
             gradients: their flattened gradients side by side, of shape (batch, n).
         """
         targets = torch.cat([self._placement(name).between(0, self.sizes[name]) for name in names])
@@ -269,7 +326,7 @@ class BoundSparseProjection(BoundRandomProjection):
     def _placement(self, name: str) -> Placement:
         if name not in self._placements:
             with torch.inference_mode(False):  # it is used outside the inference mode of this hook, too
-                self._placements[name] = Placement(self._streams[name], self.sizes[name], self.dim, self._device)
+                self._placements[name] = Placement(self._streams[name], self._lengths[name], self.dim, self._device)
         return self._placements[name]
 
 

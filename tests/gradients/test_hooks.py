@@ -13,7 +13,13 @@ from lightning_trak.gradients import HookEngine, LoopEngine, MixedEngine, select
 from lightning_trak.gradients.batch import ExampleBatch
 from lightning_trak.gradients.hooks import projector
 from lightning_trak.outputs import CausalLMMargin, ClassificationMargin, NegativeLoss
-from lightning_trak.projections import GaussianProjection, IdentityProjection, KroneckerProjection, SparseProjection
+from lightning_trak.projections import (
+    GaussianProjection,
+    IdentityProjection,
+    KroneckerProjection,
+    SparseProjection,
+    fold,
+)
 from tests.zoo import ZOO, specimen
 
 KRONECKER = [KroneckerProjection(3, 2), KroneckerProjection(4, 5, dim=32), KroneckerProjection(1000, 1000)]
@@ -126,6 +132,18 @@ def test_a_batch_as_long_as_the_texts_is_no_excuse():
 @pytest.mark.parametrize("projection", [SparseProjection(64), GaussianProjection(32), IdentityProjection(), *KRONECKER])
 @pytest.mark.parametrize("name", ["gpt", *ZOO])
 def test_streaming_equals_projecting_the_rows(name, projection, monkeypatch):
+    assert_streams(name, projection, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["gpt", *ZOO])
+def test_streaming_equals_projecting_the_rows_of_folded_matrices(name, monkeypatch):
+    """As if all matrices were large."""
+    monkeypatch.setattr(SparseProjection, "_slices", lambda _, rows, columns: min(rows, columns, 3))
+    monkeypatch.setattr(fold, "_COLUMNS", 1)
+    assert_streams(name, SparseProjection(64), monkeypatch)
+
+
+def assert_streams(name, projection, monkeypatch):
     if name == "gpt":
         (module, output, batch), size = hugging_face("gpt2"), 3
     else:
@@ -221,6 +239,19 @@ def test_streaming_never_holds_the_gradients_of_a_batch(monkeypatch):
     with _Live() as live:
         engine(ExampleBatch(batch, size))
     assert live.largest >= size * 64 * 64
+
+
+def test_a_large_matrix_is_not_formed():
+    """Its fold is a product of two smaller matrices."""
+    module = nn.Sequential(nn.Linear(1024, 512), nn.Tanh(), nn.Linear(512, 3))
+    batch = ExampleBatch((torch.randn(4, 1024), torch.tensor([0, 1, 2, 0])), 4)
+    engine = HookEngine(module, ClassificationMargin(), select_parameters(module))
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    bound = SparseProjection(32).bind(shapes, 0, 0, torch.device("cpu"))
+    engine.project(batch, bound, torch.zeros(4, 32))  # draws the signs
+    with _Live() as live:
+        engine.project(batch, bound, torch.zeros(4, 32))
+    assert live.largest <= 4 * bound.folds["0.weight"].size <= 4 * 1024 * 512 / 3
 
 
 class _Counted(TorchDispatchMode):

@@ -222,9 +222,7 @@ def _form(layer: Layer, attribute: str, call: LayerCall, whole: GradientForm) ->
     if attribute == "weight" and layer.has_factors():
         height = len(layer.module.get_parameter(attribute))
         width = whole.columns // height
-        outputs = width if layer.rows_are_inputs else height
-        positions = call.output_gradient.numel() // (call.size * outputs)
-        return _shortest(GradientForm(whole.name, "factors", positions, height, width))
+        return _shortest(GradientForm(whole.name, "factors", layer.positions(call), height, width))
     nonzero = layer.nonzero_rows(attribute, call)
     if nonzero is None:
         return whole

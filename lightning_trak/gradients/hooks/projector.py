@@ -71,7 +71,8 @@ class LayerProjector:
         """
         for attribute, name in tracked.parameters.items():
             arguments = tracked.layer, attribute, name, call
-            if not (self._add_core(*arguments) or self._add_sparse(*arguments) or self._keep_small(*arguments)):
+            ways = self._add_core, self._add_sparse, self._add_folded, self._keep_small
+            if not any(way(*arguments) for way in ways):
                 self._add_dense(*arguments)
 
     def flush(self) -> None:
@@ -108,10 +109,27 @@ class LayerProjector:
             self._projection.add_sparse_(self._features[some], name, rows[some], indices[some])
         return True
 
+    def _add_folded(self, layer: Layer, attribute: str, name: str, call: LayerCall) -> bool:
+        """Fold a large matrix from its factors. Returns False if it has no fold or no factors."""
+        if not isinstance(self._projection, BoundSparseProjection) or attribute != "weight" or not layer.has_factors():
+            return False
+        fold = self._projection.folds.get(name)
+        if fold is None:
+            return False
+        size = fold.numbers(layer.positions(call)) * call.output_gradient.element_size()
+        step = max(1, self._bytes // size)
+        for start in range(0, self._size, step):
+            features = self._features[start : start + step]
+            some = call.take(start, start + len(features))
+            self._projection.add_folded_(features, name, fold.of_factors(*layer.matrix_factors(some)))
+        return True
+
     def _keep_small(self, layer: Layer, attribute: str, name: str, call: LayerCall) -> bool:
         """Keep the gradients of a small parameter for :meth:`flush`. Returns False if it is not small."""
         size = self._size * self._parameters[name].numel() * call.output_gradient.element_size()
         if not isinstance(self._projection, BoundSparseProjection) or _SMALL * size > self._bytes:
+            return False
+        if name in self._projection.folds:
             return False
         if self._small_bytes + size > self._bytes:
             self.flush()

@@ -217,6 +217,12 @@ class Layer(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} must define factors(), since its has_factors() is true")
 
+    def positions(self, call: LayerCall) -> int:
+        """How many positions the :meth:`factors` of an example have."""
+        weight = self.module.get_parameter("weight")
+        outputs = weight.numel() // len(weight) if self.rows_are_inputs else len(weight)
+        return call.output_gradient.numel() // (call.size * outputs)
+
     def matrix_factors(self, call: LayerCall) -> tuple[Tensor, Tensor]:
         """The two :meth:`factors`: first that of the rows of the weight's matrix, then that of its columns."""
         outputs, inputs = self.factors(call)
