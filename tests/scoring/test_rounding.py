@@ -127,6 +127,31 @@ def test_what_rounding_removes_is_foreseen(wide, signs, n, damping):
     assert damping == 1 or min(real, foreseen) > 0.5
 
 
+@pytest.mark.parametrize("damping", [1e-3, 0.1, 1.0])
+def test_what_the_noise_of_each_row_adds_to_the_kernel_is_foreseen(damping):
+    """Rows that share more than they differ by: a kernel of few of them holds as much noise as differences."""
+    features = torch.randn(1, 1000) + 0.1 * torch.randn(50, 1000)
+    real, foreseen = real_and_foreseen(Features(features, *torch.rand(3, 50)), "int4", damping)
+    assert 0.7 * real < foreseen < 2 * real
+
+
+@pytest.mark.parametrize("damping", [1e-4, 1e-2])
+def test_rows_of_zeros_have_no_noise(damping):
+    """Examples that are skipped, or that have no curvature."""
+    features, curvatures = torch.randn(100, 1000), torch.rand(100)
+    features[::10] = 0
+    curvatures[1::10] = 0
+    rows = Features(features, *torch.rand(2, 100), curvatures)
+    real, foreseen = real_and_foreseen(rows, "int4", damping)
+    assert 0.7 * real < foreseen < 3 * real
+
+
+@pytest.mark.parametrize("damping", [1e12, 1e16, 1e20, 1e40])
+def test_a_huge_damping_leaves_the_error_of_the_features(damping):
+    system = DampedGram(torch.eye(20, dtype=torch.float64), damping, torch.float32, "x")
+    assert 0 <= system.score_noise(0.1) < 0.11
+
+
 def test_rounding_that_shows_in_the_scores_warns_or_is_refused(tmp_path, wide):
     stores = {dtype: stored_as(tmp_path, wide, dtype) for dtype in ("int8", "int4")}
 
