@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from lightning_trak.features.dtypes import feature_dtype
-from lightning_trak.features.rows import Features
+from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
+from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring import GradientCosineScorer, GradientDotScorer, PrimalScorer
 from lightning_trak.scoring.newton.gram import DampedGram
-from lightning_trak.scoring.newton.kernel import DampedKernel
+from lightning_trak.scoring.newton.kernel import DampedKernel, kernel_matrix
 
 CPU = torch.device("cpu")
 
@@ -72,6 +73,17 @@ def test_blocks_of_a_shard_give_the_scores_of_the_whole(tmp_path, wide, dtype, m
     monkeypatch.setattr("lightning_trak.features.rows._BLOCK_BYTES", 200 * 4 * 37)
     for found, expected in zip(scores(), whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
+def test_strips_of_the_kernel_are_decoded_alone(tmp_path, wide, dtype, monkeypatch):
+    """Not all features for each strip. Strips may be of odd width."""
+    rows = Features(*(column[:50] for column in wide))
+    store = stored_as(tmp_path, rows._replace(features=rows.features[:, :99]), dtype, shard_size=20)
+    features = torch.cat([store.read(0, shard).features for shard in range(3)]).double()
+    monkeypatch.setattr("lightning_trak.scoring.newton.kernel._LEAST_WIDTH", 1)
+    monkeypatch.setattr(StoredFeatures, "decode", lambda rows: pytest.fail("all features are decoded"))
+    torch.testing.assert_close(kernel_matrix([store], 0, CPU, Ranks()), features @ features.T)
 
 
 @pytest.mark.parametrize("damping", [1.0, 0.1])
