@@ -89,6 +89,11 @@ class StoredFeatures:
         for start in range(0, len(self.codes), step):
             yield self[start : start + step].decode()
 
+    def decode_columns(self, columns: range) -> Tensor:
+        """Some columns of the features, in ``dtype.floating``. The first one is even, since two can share a byte."""
+        stored = slice(self.dtype.columns(columns.start), self.dtype.columns(columns.stop))
+        return self.dtype.decode(self.codes[:, stored], self.scales, len(columns))
+
     def __getitem__(self, rows: slice | Tensor) -> StoredFeatures:
         """Some of the rows: a slice, or a bool mask of shape ``(n,)``."""
         return self._each(lambda column: column[rows])

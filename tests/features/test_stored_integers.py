@@ -61,6 +61,16 @@ def test_blocks_are_the_whole_shard(dtype, monkeypatch):
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("dtype", NAMES)
+def test_columns_are_those_of_the_whole(dtype):
+    floating = feature_dtype(dtype).floating
+    rows = make_rows(5)
+    stored = StoredFeatures.encode(rows._replace(features=rows.features.to(floating)), feature_dtype(dtype))
+    for columns in (range(401), range(0, 7), range(6, 40), range(396, 401), range(400, 401)):
+        found = stored.decode_columns(columns)
+        assert torch.equal(found, stored.decode().features[:, columns.start : columns.stop])
+
+
 @INTEGERS
 def test_integers_are_only_moved_as_they_are_stored(dtype):
     stored = StoredFeatures.encode(make_rows(5), feature_dtype(dtype))

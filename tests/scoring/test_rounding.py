@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from lightning_trak.features.dtypes import feature_dtype
-from lightning_trak.features.rows import Features
+from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
+from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring import GradientCosineScorer, GradientDotScorer, PrimalScorer
 from lightning_trak.scoring.newton.gram import DampedGram
-from lightning_trak.scoring.newton.kernel import DampedKernel
+from lightning_trak.scoring.newton.kernel import DampedKernel, kernel_matrix
 
 CPU = torch.device("cpu")
 
@@ -74,6 +75,17 @@ def test_blocks_of_a_shard_give_the_scores_of_the_whole(tmp_path, wide, dtype, m
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
+def test_strips_of_the_kernel_are_decoded_alone(tmp_path, wide, dtype, monkeypatch):
+    """Not all features for each strip. Strips may be of odd width."""
+    rows = Features(*(column[:50] for column in wide))
+    store = stored_as(tmp_path, rows._replace(features=rows.features[:, :99]), dtype, shard_size=20)
+    features = torch.cat([store.read(0, shard).features for shard in range(3)]).double()
+    monkeypatch.setattr("lightning_trak.scoring.newton.kernel._LEAST_WIDTH", 1)
+    monkeypatch.setattr(StoredFeatures, "decode", lambda rows: pytest.fail("all features are decoded"))
+    torch.testing.assert_close(kernel_matrix([store], 0, CPU, Ranks()), features @ features.T)
+
+
 @pytest.mark.parametrize("damping", [1.0, 0.1])
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_the_error_of_scores_is_foreseen(wide, damping, dtype):
@@ -125,6 +137,31 @@ def test_what_rounding_removes_is_foreseen(wide, signs, n, damping):
     real, foreseen = real_and_foreseen(Features(features, *torch.rand(3, n)), "int4", damping)
     assert foreseen > real
     assert damping == 1 or min(real, foreseen) > 0.5
+
+
+@pytest.mark.parametrize("damping", [1e-3, 0.1, 1.0])
+def test_what_the_noise_of_each_row_adds_to_the_kernel_is_foreseen(damping):
+    """Rows that share more than they differ by: a kernel of few of them holds as much noise as differences."""
+    features = torch.randn(1, 1000) + 0.1 * torch.randn(50, 1000)
+    real, foreseen = real_and_foreseen(Features(features, *torch.rand(3, 50)), "int4", damping)
+    assert 0.7 * real < foreseen < 2 * real
+
+
+@pytest.mark.parametrize("damping", [1e-4, 1e-2])
+def test_rows_of_zeros_have_no_noise(damping):
+    """Examples that are skipped, or that have no curvature."""
+    features, curvatures = torch.randn(100, 1000), torch.rand(100)
+    features[::10] = 0
+    curvatures[1::10] = 0
+    rows = Features(features, *torch.rand(2, 100), curvatures)
+    real, foreseen = real_and_foreseen(rows, "int4", damping)
+    assert 0.7 * real < foreseen < 3 * real
+
+
+@pytest.mark.parametrize("damping", [1e12, 1e16, 1e20, 1e40])
+def test_a_huge_damping_leaves_the_error_of_the_features(damping):
+    system = DampedGram(torch.eye(20, dtype=torch.float64), damping, torch.float32, "x")
+    assert 0 <= system.score_noise(0.1) < 0.11
 
 
 def test_rounding_that_shows_in_the_scores_warns_or_is_refused(tmp_path, wide):

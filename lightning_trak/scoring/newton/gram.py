@@ -152,7 +152,7 @@ class DampedGram:
         )
         if info != 0:
             raise ValueError(f"the Gram matrix of {name} ({len(gram)} x {len(gram)}) is singular: {advice}")
-        self._factor, self._scale = factor, scale
+        self._factor, self._scale, self._diagonal = factor, scale, gram.diagonal().clone()
         self.largest, self.smallest = self._extreme_eigenvalues()
         self._require_precise(precision, name, advice)
 
@@ -195,16 +195,29 @@ class DampedGram:
 
         A is K + lambda I. Rounding adds noise e_i of the norm error |phi_i|, with the same variance in all k features.
         So the sum of squares of phi_x^T A^-1 e_i is N tr (A^-1 K A^-1) on average, N = error^2 tr K / k, and that of
-        the scores is tr (K A^-1)^2. Random vectors estimate both traces. Examples that are nearly alike have nearly the
-        same noise, which hides how they differ. K does not show what is hidden: up to N in each direction. So K + N I
-        takes the place of K.
+        the scores is tr (K A^-1)^2. Random vectors estimate traces. The noise also changes K, in one of two ways:
+
+        - It is added, as D = error^2 diag(K), where each row has noise of its own. This lowers scores by K A^-1 D A^-1.
+          Where all rows share much, they share noise, too. Then the mean of D, which overstates it less, takes its
+          place.
+        - Examples that are nearly alike have nearly the same noise, which hides how they differ. K does not show what
+          is hidden: up to N in each direction, and nothing of rows of zeros. So it is added to K in the first sum.
+
+        No K gives more than about error (1 + tr K / lambda), which is taken where a large lambda leaves rounding errors
+        alone.
         """
-        noise = error**2 * self._mean_eigenvalue
+        noise, shares = error**2 * self._mean_eigenvalue, self._diagonal / self._scale
         signs = random_signs(PROBES, len(self._factor)).to(self._factor)
         solved = self.solve(signs)
         kept = signs - self.ridge * solved  # K A^-1 times them
-        added = noise * (solved * (kept + noise * solved)).sum()
-        return float((added.clamp(min=0) / kept.square().sum()).sqrt())
+        random = noise * (solved * kept).sum().clamp(min=0)
+        hidden = noise**2 * (shares * solved.square()).sum()
+        added = error**2 * self._scale * solved
+        added = torch.stack([added * shares, added])
+        lowered = added - self.ridge * self.solve(added.flatten(0, 1)).view_as(added)
+        squares = random + torch.maximum(hidden, lowered.square().sum((1, 2)).amin())
+        most = error * (1 + self._diagonal.sum() / self.ridge)
+        return float(torch.fmin((squares / kept.square().sum()).sqrt(), most))
 
     def squared_step(self, pull: Tensor) -> float:
         """How long a Newton step is: lambda |(K + lambda I)^-1 pull|^2, for a float64 vector ``(k,)``."""

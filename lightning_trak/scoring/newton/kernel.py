@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lightning_trak.features.rows import StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
 from lightning_trak.scoring.newton.gram import DampedGram
@@ -146,12 +147,14 @@ def kernel_matrix(stores: Sequence[FeatureStore], checkpoint: int, device: torch
     """
     n, k = sum(store.num_examples for store in stores), stores[0].read_stored(checkpoint, 0).k
     width = min(max(_LEAST_WIDTH, _STRIP_BYTES // (8 * n)), max(_LEAST_WIDTH, -(-k // _STRIPS)))
-    starts = range(0, k, width)
+    starts = range(0, k, width + width % 2)
     total = torch.zeros(n, n, dtype=torch.float64, device=device)
     blocks = [slice(start, min(start + _ROWS, n)) for start in range(0, n, _ROWS)]
     for number in ranks.share(len(starts)):
-        columns = slice(starts[number], starts[number] + width)
-        strip = torch.cat([part[:, columns].to(device, torch.float64) for part in _features(stores, checkpoint)])
+        columns = range(starts[number], min(starts[number] + starts.step, k))
+        strip = torch.cat(
+            [part.decode_columns(columns).to(device, torch.float64) for part in _rows(stores, checkpoint)]
+        )
         for rows in blocks:  # the lower triangle
             total[rows, : rows.stop].addmm_(strip[rows], strip[: rows.stop].T)
     for rows in blocks:
@@ -183,5 +186,5 @@ def products_with(store: FeatureStore, checkpoint: int, targets: Tensor, ranks: 
     return ranks.sum(found)
 
 
-def _features(stores: Sequence[FeatureStore], checkpoint: int) -> Iterator[Tensor]:
-    return (store.read(checkpoint, shard).features for store in stores for shard in range(store.num_shards))
+def _rows(stores: Sequence[FeatureStore], checkpoint: int) -> Iterator[StoredFeatures]:
+    return (store.read_stored(checkpoint, shard) for store in stores for shard in range(store.num_shards))
