@@ -242,7 +242,7 @@ class BoundSparseProjection(BoundRandomProjection):
         dtype = torch.promote_types(gradients.dtype, features.dtype)
         sums = gradients.new_zeros(len(gradients), *fold.shape, dtype=dtype)
         fold.add_(sums, gradients.reshape(len(gradients), -1, columns), start // columns)
-        self._add_elements(features, name, sums.flatten(1), 0)
+        self.add_folded_(features, name, sums)
 
     def add_folded_(self, features: Tensor, name: str, sums: Tensor) -> None:
         """Add the gradients of a matrix that has a fold, from their sums.
