@@ -28,7 +28,7 @@ class Fold:
     All signs and shifts are independent and uniform. Two elements can have the same sum only if they are of different
     rows, columns and slices. Then the probability is ``1 / ((rows - 1) * s)``. The sign of a pair is u_r u_r' v_c v_c',
     which two pairs share only if one is (r, c) and (r', c'), and the other (r, c') and (r', c). Both have a sum in
-    common only if r and r' are half of the rows apart. But for these, pairs are uncorrelated.
+    common only if r and r' are half of the rows apart. All other pairs are uncorrelated.
 
     Args:
         rows: rows of the matrix.

@@ -127,9 +127,9 @@ class LayerProjector:
     def _keep_small(self, layer: Layer, attribute: str, name: str, call: LayerCall) -> bool:
         """Keep the gradients of a small parameter for :meth:`flush`. Returns False if it is not small."""
         size = self._size * self._parameters[name].numel() * call.output_gradient.element_size()
-        if not isinstance(self._projection, BoundSparseProjection) or _SMALL * size > self._bytes:
+        if not isinstance(self._projection, BoundSparseProjection) or name in self._projection.folds:
             return False
-        if name in self._projection.folds:
+        if _SMALL * size > self._bytes:
             return False
         if self._small_bytes + size > self._bytes:
             self.flush()
