@@ -142,7 +142,7 @@ class BoundProjection(ABC):
         Args:
             features: features so far, float32 or float64 of shape (batch, dim).
             name: name of the parameter.
-            gradients: the parameter's flattened gradient for each example, of shape (batch, n).
+            gradients: the parameter's gradient for each example, of shape (batch, n) or (batch, *shape).
             rows: the range of the parameter's first dimension that ``gradients`` holds; None: all of it.
 
         Raises:
@@ -157,7 +157,7 @@ class BoundProjection(ABC):
         start = 0
         if rows is not None:
             start, size = rows.start * self._row_sizes[name], len(rows) * self._row_sizes[name]
-        if gradients.ndim != 2 or gradients.shape[1] != size:
+        if not gradients.ndim or math.prod(gradients.shape[1:]) != size:
             raise ValueError(
                 f"Expected gradients of {name!r} to have shape (batch, {size}) but got {tuple(gradients.shape)}."
             )
@@ -171,7 +171,20 @@ class BoundProjection(ABC):
                 f"{features.dtype}; convert them after the last parameter."
             )
         with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-            self._add(features, name, gradients, start)
+            self._add(features, name, self.flattened(name, gradients), start)
+
+    def flattened(self, name: str, gradients: Tensor) -> Tensor:
+        """Flatten gradients in the order in which P numbers their elements. Default: the parameter's own order.
+
+        Args:
+            name: name of the parameter.
+            gradients: whole rows of its gradient for each example, of shape (batch, n) or (batch, rows, ...).
+
+        Returns:
+            Shape (batch, n).
+        """
+        del name
+        return gradients.reshape(len(gradients), math.prod(gradients.shape[1:]))
 
     @abstractmethod
     def _add(self, features: Tensor, name: str, gradients: Tensor, start: int) -> None:

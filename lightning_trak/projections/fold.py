@@ -63,12 +63,11 @@ class Fold:
         self._column_shifts: list[int] = column_shifts.tolist()
         self._row_signs = row_stream.signs(range(rows), device)
         self._column_signs = column_stream.signs(range(columns), device)
-        # The row and the column of the matrix that each slice has at each place of the sums.
-        self._row_places = (torch.arange(rows, device=device).unsqueeze(1) - row_shifts).remainder_(rows).flatten()
+        # The column of the matrix that each slice has at each place of the sums.
         starts = torch.arange(slices, device=device) * width
         places = (torch.arange(width, device=device).unsqueeze(1) - column_shifts).remainder_(width) + starts
         self._column_places = places.clamp(max=columns - 1).flatten()
-        self._placed_signs = (self._column_signs[self._column_places] * (places < columns).flatten()).unsqueeze(1)
+        self._placed_signs = self._column_signs[self._column_places] * (places < columns).flatten()
 
     @property
     def size(self) -> int:
@@ -97,16 +96,22 @@ class Fold:
         Returns:
             Shape ``(batch, rows, s)``.
         """
-        count, (height, width) = len(rows), self.shape
-        rows = rows * self._row_signs
-        if self._forms_slices(rows.shape[1]):
+        (count, positions, height), width = rows.shape, self.shape[1]
+        if self._forms_slices(positions):
+            rows = rows * self._row_signs
             sums = rows.new_zeros(count, height, width, dtype=torch.promote_types(rows.dtype, torch.float32))
             for index, some in self._slices():
                 self._add_slice(sums, rows.mT @ columns[..., some], index, 0)
             return sums
-        left = rows.mT.contiguous().index_select(1, self._row_places)
-        right = columns.mT.contiguous().index_select(1, self._column_places).mul_(self._placed_signs)
-        return left.view(count, height, -1) @ right.view(count, width, -1).mT
+        row_signs, column_signs = self._row_signs.to(rows), self._column_signs.to(columns)
+        copies = len(self._row_shifts) * positions
+        left, right = rows.new_empty(count, copies, height), columns.new_empty(count, copies, width)
+        right[:, -positions:].zero_()  # the last slice may be shorter
+        for index, some in self._slices():
+            part = slice(index * positions, (index + 1) * positions)
+            _copy_shifted(rows, row_signs, self._row_shifts[index], left[:, part])
+            _copy_shifted(columns[..., some], column_signs[some], self._column_shifts[index], right[:, part])
+        return left.mT @ right
 
     def add_(self, sums: Tensor, matrices: Tensor, start: int = 0) -> None:
         """Add the sums of whole rows of each example's matrix, in place.
@@ -132,7 +137,7 @@ class Fold:
             are summed.
         """
         signed = rows * self._row_signs[numbers].unsqueeze(2)
-        found = signed[..., self._column_places] * self._placed_signs.flatten()
+        found = signed[..., self._column_places] * self._placed_signs
         shifts = torch.tensor(self._row_shifts, device=numbers.device)
         places = (numbers.unsqueeze(2) + shifts) % self.shape[0]
         return found.view(*rows.shape[:2], self.shape[1], -1).mT.flatten(1, 2), places.flatten(1)
@@ -156,6 +161,13 @@ class Fold:
 def _words(stream: Stream, count: int, device: torch.device) -> Tensor:
     """Random words that the signs of a stream do not use, int64 of shape (count,)."""
     return stream.words(torch.arange(count, device=device), 2)[:, 1, 0]
+
+
+def _copy_shifted(matrices: Tensor, signs: Tensor, shift: int, to: Tensor) -> None:
+    """Write the columns of matrices, times their signs and cyclically shifted, to the places of other matrices."""
+    for start, number, place in _shifted(0, matrices.shape[2], shift, to.shape[2]):
+        columns = slice(start, start + number)
+        torch.mul(matrices[..., columns], signs[columns], out=to[..., place : place + number])
 
 
 def _shifted(start: int, stop: int, shift: int, length: int) -> Iterator[tuple[int, int, int]]:

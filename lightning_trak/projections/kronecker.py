@@ -17,7 +17,7 @@ from lightning_trak.projections.dense import RademacherProjection
 from lightning_trak.projections.identity import IdentityProjection
 from lightning_trak.projections.philox import Stream
 from lightning_trak.projections.principal import PrincipalAxes
-from lightning_trak.projections.sparse import SparseProjection
+from lightning_trak.projections.sparse import BoundSparseProjection, SparseProjection
 
 
 @dataclass(frozen=True)
@@ -150,20 +150,35 @@ class BoundKroneckerProjection(BoundProjection):
         stream = Stream.derive(purpose, self._seed, self._checkpoint, name)
         return RademacherProjection(width).block(stream, range(length), self._device)
 
-    def add_core_(self, features: Tensor, name: str, cores: Tensor) -> None:
-        """Add a parameter's projected gradients to ``features`` in place.
+    def scaled(self, name: str, cores: Tensor) -> Tensor:
+        """The part of a parameter in the features, before the parts of all parameters are added up.
 
         Args:
-            features: features so far, float32 or float64 of shape (batch, dim).
             name: name of the parameter.
             cores: A^T G B for each example, of shape (batch, left, right) or flattened, with A and B from
                 :meth:`factors`.
+
+        Returns:
+            Shape (batch, left * right).
         """
         # Inner products are kept if entries have variance 1 / width. Signs have variance 1, so they are scaled here.
         # Principal axes have length 1 and need no scale.
         random = [width for _, length, width in self._sides(name) if length != width and not self._principal]
-        scale = math.prod(1 / math.sqrt(width) for width in random)
-        self._together.add_(features, name, cores.flatten(1) * scale)
+        return cores.flatten(1) * math.prod(1 / math.sqrt(width) for width in random)
+
+    def add_joined_(self, features: Tensor, names: Sequence[str], parts: Sequence[Tensor]) -> None:
+        """Add the parts of several parameters, by one operation if all have the same features.
+
+        Args:
+            features: features so far, float32 or float64 of shape (batch, dim).
+            names: names of the parameters.
+            parts: the parts of these parameters, as from :meth:`scaled`.
+        """
+        if isinstance(self._together, BoundSparseProjection):
+            self._together.add_joined_(features, names, parts)
+            return
+        for name, part in zip(names, parts, strict=True):
+            self._together.add_(features, name, part)
 
     def _add(self, features: Tensor, name: str, gradients: Tensor, start: int) -> None:
         dtype = torch.promote_types(gradients.dtype, torch.float32)
@@ -173,6 +188,7 @@ class BoundKroneckerProjection(BoundProjection):
         left = left[first : first + gradients.shape[1] // columns]
         gradients = gradients.to(dtype)
         if columns == 1:
-            self.add_core_(features, name, gradients @ left * right)  # right is one number
+            cores = gradients @ left * right  # right is one number
         else:
-            self.add_core_(features, name, left.T @ (gradients.view(len(gradients), -1, columns) @ right))
+            cores = left.T @ (gradients.view(len(gradients), -1, columns) @ right)
+        self._together.add_(features, name, self.scaled(name, cores))

@@ -31,9 +31,13 @@ class PreconditionedProjection(BoundProjection):
     ) -> None:
         super().__init__(shapes, projection.dim)
         self._projection = projection
-        self._factors = {name: factors[name].flatten() for name in shapes}
+        self._factors = {name: projection.flattened(name, factors[name].unsqueeze(0))[0] for name in shapes}
         self._unknown = {name for name, factor in self._factors.items() if not bool(factor.all())}
         self._place = place
+
+    @override
+    def flattened(self, name: str, gradients: Tensor) -> Tensor:
+        return self._projection.flattened(name, gradients)
 
     @override
     def _add(self, features: Tensor, name: str, gradients: Tensor, start: int) -> None:

@@ -134,6 +134,10 @@ class BoundPrincipalProjection(BoundProjection):
             basis = self._basis = self._basis.to(sketches.dtype)
             return sketches @ basis
 
+    def flattened(self, name: str, gradients: Tensor) -> Tensor:
+        """Flatten gradients in the order of :attr:`sketch`, see :meth:`BoundProjection.flattened`."""
+        return self._sketch.flattened(name, gradients)
+
     def _add(self, features: Tensor, name: str, gradients: Tensor, start: int) -> None:
         dtype = torch.promote_types(gradients.dtype, torch.float32)
         sketches = gradients.new_zeros(len(gradients), self._sketch.dim, dtype=dtype)

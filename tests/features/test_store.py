@@ -83,7 +83,7 @@ def test_reading_what_is_no_store(tmp_path):
     with pytest.raises(ValueError, match="not the manifest of a feature store"):
         FeatureStore.read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(ValueError, match="has format 99; this version reads 8"):
+    with pytest.raises(ValueError, match="has format 99; this version reads 9"):
         FeatureStore.read_manifest(tmp_path)
 
 

@@ -22,6 +22,7 @@ def _way(request, monkeypatch):
 
 @pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("channels", [3, convolution._FEW_CHANNELS])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
     "options",
@@ -37,9 +38,9 @@ def _way(request, monkeypatch):
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-def test_kernels_have_the_gradients_of_autograd(options, channels_last, images):
-    module = nn.Conv2d(3, 5, **options).double()
-    inputs = torch.randn(SIZE * images, 3, 9, 8, dtype=torch.float64)
+def test_kernels_have_the_gradients_of_autograd(options, channels_last, channels, images):
+    module = nn.Conv2d(channels, 5, **options).double()
+    inputs = torch.randn(SIZE * images, channels, 9, 8, dtype=torch.float64)
     if channels_last:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     output_gradient = torch.randn_like(module(inputs))
@@ -56,13 +57,16 @@ def test_kernels_have_the_gradients_of_autograd(options, channels_last, images):
     torch.testing.assert_close(layer.gradient_rows("weight", call, range(1, 3)), found[:, 1:3])
     output_gradients, patches = layer.factors(call)
     torch.testing.assert_close(output_gradients.mT @ patches, found.flatten(2))
+    output_gradients, patches = layer.ordered_factors(call)
+    torch.testing.assert_close(output_gradients.mT @ patches, found.movedim(2, -1).flatten(2))
 
 
+@pytest.mark.parametrize("channels", [2, convolution._FEW_CHANNELS])
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv3d])
-def test_convolutions_of_other_dimensions_have_patches(kind):
+def test_convolutions_of_other_dimensions_have_patches(kind, channels):
     dims = {nn.Conv1d: 1, nn.Conv3d: 3}[kind]
-    module = kind(2, 4, 3, stride=2, padding=1).double()
-    inputs = torch.randn(SIZE, 2, *[6] * dims, dtype=torch.float64)
+    module = kind(channels, 30, 3, stride=2, padding=1).double()
+    inputs = torch.randn(SIZE, channels, *[6] * dims, dtype=torch.float64)
     call = LayerCall(inputs, torch.randn_like(module(inputs)), SIZE)
     found = ConvolutionLayer(module).gradient("weight", call)
     (expected,) = torch.autograd.grad(module(inputs), module.weight, call.output_gradient)

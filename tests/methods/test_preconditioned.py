@@ -162,15 +162,15 @@ def test_part_of_a_gradient_at_a_time(run):
     """As hooks form large gradients: some rows of a parameter."""
     from lightning_trak.projections.preconditioned import PreconditionedProjection
 
-    shapes, factors = {"w": (4, 3)}, {"w": torch.rand(4, 3) + 0.1}
-    gradients = torch.randn(2, 12)
+    shapes, factors = {"w": (4, 3, 2)}, {"w": torch.rand(4, 3, 2) + 0.1}
+    gradients = torch.randn(2, 24)
     inner = SparseProjection(8).bind(shapes, 0, 0, torch.device("cpu"))
     bound = PreconditionedProjection(inner, shapes, factors, "at checkpoint 0")
     whole, parts, expected = torch.zeros(3, 2, 8)
     inner.add_(expected, "w", gradients * factors["w"].flatten())
     bound.add_(whole, "w", gradients)
-    bound.add_(parts, "w", gradients[:, :3], range(1))
-    bound.add_(parts, "w", gradients[:, 3:], range(1, 4))
+    bound.add_(parts, "w", gradients[:, :6], range(1))
+    bound.add_(parts, "w", gradients[:, 6:], range(1, 4))
     torch.testing.assert_close(whole, expected)
     torch.testing.assert_close(parts, expected)
 

@@ -109,14 +109,14 @@ class Sample(SampleBatch):
 
 def projected(rows, projection):
     features = torch.zeros(len(rows), projection.dim, dtype=rows.dtype)
-    projection.add_(features, "a", rows[:, :12])
-    projection.add_(features, "b", rows[:, 12:21], range(3))
-    projection.add_(features, "b", rows[:, 21:], range(3, 6))
+    projection.add_(features, "a", rows[:, :6])
+    projection.add_(features, "b", rows[:, 6:18], range(3))
+    projection.add_(features, "b", rows[:, 18:], range(3, 6))
     return features
 
 
 def fitted(projection, rows, curvatures):
-    bound = projection.bind({"a": (12,), "b": (6, 3)}, 0, 0, CPU)
+    bound = projection.bind({"a": (6,), "b": (6, 2, 2)}, 0, 0, CPU)
     bound.set_fit(bound.fit([Sample(*parts) for parts in zip(rows.split(9), curvatures.split(9), strict=True)]))
     return bound
 
@@ -128,7 +128,7 @@ def test_features_are_the_basis_times_the_sketch(sketch, dtype):
     projection = PrincipalProjection(6, landmarks=20, sample=40, sketch=sketch)
     bound = fitted(projection, rows, curvatures)
     inner = IdentityProjection() if sketch == 64 else SparseProjection(sketch)
-    sketches = projected(rows, inner.bind({"a": (12,), "b": (6, 3)}, 0, 0, CPU))
+    sketches = projected(rows, inner.bind({"a": (6,), "b": (6, 2, 2)}, 0, 0, CPU))
     expected = sketches @ basis_of(sketches, curvatures, 6, 20).bfloat16().float()
     rows = rows.to(dtype)
     features = bound.finish(projected(rows, bound.sketch))

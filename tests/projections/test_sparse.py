@@ -155,8 +155,30 @@ def test_gradients_of_several_parameters_side_by_side(dim, monkeypatch):
     gradients = random_gradients(3, sizes)
     names = ["c", "a", "c"]
     found = torch.ones(3, dim)
-    bound.add_joined_(found, names, torch.cat([gradients[name] for name in names], 1))
+    bound.add_joined_(found, names, [gradients[name] for name in names])
     expected = torch.ones(3, dim)
     for name in names:
         bound.add_(expected, name, gradients[name])
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("folded", [1, 1 << 20])
+def test_kernels_are_numbered_with_their_channels_last(folded, monkeypatch):
+    """With folds and without: like a matrix in this order, whatever the order in memory, in parts and side by side."""
+    monkeypatch.setattr(SUMS, 16)
+    monkeypatch.setattr("lightning_trak.projections.sparse._FOLDED", folded)
+    bound = SparseProjection(12).bind({"w": (4, 12, 2, 5)}, 0, 0, CPU)
+    assert bool(bound.folds) == (folded == 1)
+    gradients = random_gradients(3, {"w": 480}, torch.float64)["w"].view(3, 4, 12, 2, 5)
+    ordered = gradients.movedim(2, -1)
+    expected, *ways = torch.zeros(5, 3, 12, dtype=torch.float64)
+    SparseProjection(12).bind({"w": (4, 120)}, 0, 0, CPU).add_(expected, "w", ordered.flatten(1))
+    bound.add_(ways[0], "w", gradients.flatten(1))
+    bound.add_(ways[1], "w", ordered.contiguous().movedim(-1, 2))
+    for rows in (range(1), range(1, 4)):
+        bound.add_(ways[2], "w", gradients[:, rows.start : rows.stop], rows)
+    assert bound.flattened("w", ordered.contiguous().movedim(-1, 2)).is_contiguous()
+    if not bound.folds:
+        bound.add_joined_(ways[3], ["w"], [bound.flattened("w", gradients)])
+    for found in ways[: 3 if bound.folds else 4]:
+        torch.testing.assert_close(found, expected)

@@ -7,7 +7,7 @@ from lightning_trak.features.engines import ENGINES
 from lightning_trak.storage import schemas
 from lightning_trak.storage.manifests import DirectoryKind
 
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 _MAX_SIZE = 1 << 40
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.gradients.hooks.layers import Layer, LayerCall
+from lightning_trak.gradients.hooks.parts import examples_at_once
 from lightning_trak.gradients.hooks.tracked_module import TrackedModule
 from lightning_trak.projections.base import BoundProjection
 from lightning_trak.projections.kronecker import BoundKroneckerProjection
@@ -78,9 +79,9 @@ class LayerProjector:
     def flush(self) -> None:
         """Add the gradients that are kept. Call it after the backward pass."""
         if self._small:
-            assert isinstance(self._projection, BoundSparseProjection)
-            names, gradients = zip(*self._small, strict=True)
-            self._projection.add_joined_(self._features, names, torch.cat(gradients, 1))
+            assert isinstance(self._projection, (BoundSparseProjection, BoundKroneckerProjection))
+            names, parts = zip(*self._small, strict=True)
+            self._projection.add_joined_(self._features, names, parts)
             self._small, self._small_bytes = [], 0
 
     def _add_core(self, layer: Layer, attribute: str, name: str, call: LayerCall) -> bool:
@@ -90,7 +91,7 @@ class LayerProjector:
         left, right = (factor.to(call.output_gradient) for factor in self._projection.factors(name))
         cores = layer.projected_gradient(attribute, call, left, right)
         if cores is not None:
-            self._projection.add_core_(self._features, name, cores)
+            self._keep(name, self._projection.scaled(name, cores))
         return cores is not None
 
     def _add_sparse(self, layer: Layer, attribute: str, name: str, call: LayerCall) -> bool:
@@ -117,25 +118,29 @@ class LayerProjector:
         if fold is None:
             return False
         size = fold.numbers(layer.positions(call)) * call.output_gradient.element_size()
-        step = max(1, self._bytes // size)
+        step = examples_at_once(self._bytes, size)
         for start in range(0, self._size, step):
             features = self._features[start : start + step]
             some = call.take(start, start + len(features))
-            self._projection.add_folded_(features, name, fold.of_factors(*layer.matrix_factors(some)))
+            self._projection.add_folded_(features, name, fold.of_factors(*layer.ordered_factors(some)))
         return True
 
     def _keep_small(self, layer: Layer, attribute: str, name: str, call: LayerCall) -> bool:
-        """Keep the gradients of a small parameter for :meth:`flush`. Returns False if it is not small."""
+        """Keep the gradients of a small parameter. Returns False if it is not small."""
         size = self._size * self._parameters[name].numel() * call.output_gradient.element_size()
         if not isinstance(self._projection, BoundSparseProjection) or name in self._projection.folds:
             return False
         if _SMALL * size > self._bytes:
             return False
-        if self._small_bytes + size > self._bytes:
-            self.flush()
-        self._small.append((name, layer.gradient(attribute, call).reshape(self._size, -1)))
-        self._small_bytes += size
+        self._keep(name, self._projection.flattened(name, layer.gradient(attribute, call)))
         return True
+
+    def _keep(self, name: str, part: Tensor) -> None:
+        """Keep what a parameter adds to the features for :meth:`flush`."""
+        if self._small_bytes + part.nbytes > self._bytes:
+            self.flush()
+        self._small.append((name, part))
+        self._small_bytes += part.nbytes
 
     def _add_dense(self, layer: Layer, attribute: str, name: str, call: LayerCall) -> None:
         """Form and project the gradients in parts: a few examples at a time.
@@ -147,18 +152,18 @@ class LayerProjector:
         length = parameter.shape[0] if parameter.ndim else 1
         row_bytes = parameter.numel() // length * call.output_gradient.element_size()
         least = min(length, self._rows) if layer.has_rows(attribute) else length
-        step = min(self._size, max(1, self._bytes // (least * row_bytes)))
+        step = min(self._size, examples_at_once(self._bytes, least * row_bytes))
         height = min(length, least * max(1, self._bytes // (least * step * row_bytes)))
         for start in range(0, self._size, step):
             features = self._features[start : start + step]
             count = len(features)
             some = call.take(start, start + count)
             if height == length:
-                self._projection.add_(features, name, layer.gradient(attribute, some).reshape(count, -1))
+                self._projection.add_(features, name, layer.gradient(attribute, some))
                 continue
             some = some.contiguous()
             for top in range(0, length, height):
                 rows = range(top, min(top + height, length))
                 part = layer.gradient_rows(attribute, some, rows)
-                self._projection.add_(features, name, part.reshape(count, -1), rows)
+                self._projection.add_(features, name, part, rows)
                 del part  # so that the next part takes the same memory, which is in cache

@@ -228,6 +228,10 @@ class Layer(ABC):
         outputs, inputs = self.factors(call)
         return (inputs, outputs) if self.rows_are_inputs else (outputs, inputs)
 
+    def ordered_factors(self, call: LayerCall) -> tuple[Tensor, Tensor]:
+        """The :meth:`matrix_factors`, with columns in the order in which a ``SparseProjection`` numbers them."""
+        return self.matrix_factors(call)
+
 
 def layer_of(module: nn.Module) -> Layer | None:
     """The layer of a module: by the class that covers its type, or else recognizes it; None if no class does."""

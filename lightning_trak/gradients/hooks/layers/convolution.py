@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from lightning_trak.compatibility import explicit_padding
 from lightning_trak.gradients.hooks.layers.base import Layer, LayerCall
+from lightning_trak.gradients.hooks.parts import examples_at_once
 
 _TYPES = [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
 _CPU_BYTES = 1 << 22  # of patches that are copied at a time, so that they stay in cache
 _FEW_CHANNELS = 8  # with fewer, a convolution does not fill the vectors of a CPU
-_MANY_CHANNELS = 256  # of the output: with these, products take much longer than copies of patches
+_MANY_CHANNELS = 64  # of the output: with these, products take much longer than copies of patches
 _SAME = ["transformers.models.efficientnet.modeling_efficientnet.EfficientNetDepthwiseConv2d"]  # nn.Conv2d's forward
 
 
@@ -45,19 +46,22 @@ class ConvolutionLayer(Layer, covers=[*_TYPES, *_SAME]):
         return many or weight.shape[1] < _FEW_CHANNELS or weight[0, 0].numel() == 1
 
     def _products(self, call: LayerCall) -> Tensor:
-        """The weight's gradients as products of :meth:`factors`, with the patches of a few examples at a time."""
+        """The weight's gradients as products of :meth:`factors`, with the patches of a few examples at a time.
+
+        In memory, their channels are last.
+        """
         weight = self.module.weight
         # Before the patches, which would else take a part of the memory of the last kernels, which is in cache.
-        kernels = call.output_gradient.new_empty(call.size, *weight.shape)
-        output_gradients, patches = self._by_position(call.output_gradient, call.size), self._patches(call.inputs)
-        step = max(1, _CPU_BYTES * call.size // (weight[0].numel() * call.output_gradient[:, 0].nbytes))
+        kernels = call.output_gradient.new_empty(call.size, len(weight), *weight.shape[2:], weight.shape[1])
+        output_gradients = self._by_position(call.output_gradient, call.size)
+        patches = self._patches(call.inputs, self._has_long_runs)
+        step = examples_at_once(_CPU_BYTES * call.size, weight[0].numel() * call.output_gradient[:, 0].nbytes)
         images = len(patches) // call.size  # of an example
         for start in range(0, call.size, step):
             stop = min(start + step, call.size)
-            copied = patches[start * images : stop * images].flatten(1, weight.ndim - 1)
-            inputs = self._by_position(copied, stop - start)
+            inputs = self._ordered(patches[start * images : stop * images], stop - start)
             torch.bmm(output_gradients[start:stop].mT, inputs, out=kernels[start:stop].flatten(2))
-        return kernels
+        return kernels.movedim(-1, 2)
 
     def has_rows(self, parameter: str) -> bool:
         """On accelerators true for the weight, if it has :meth:`factors`: its rows are the channels of the output.
@@ -113,22 +117,50 @@ class ConvolutionLayer(Layer, covers=[*_TYPES, *_SAME]):
         patches = self._patches(call.inputs).flatten(1, self.module.weight.ndim - 1)
         return self._by_position(call.output_gradient, call.size), self._by_position(patches, call.size)
 
+    def ordered_factors(self, call: LayerCall) -> tuple[Tensor, Tensor]:
+        """The same, with the channels of a patch last."""
+        patches = self._ordered(self._patches(call.inputs, self._has_long_runs), call.size)
+        return self._by_position(call.output_gradient, call.size), patches
+
     def _by_position(self, images: Tensor, size: int) -> Tensor:
         """Shape ``(size, positions of an example, channels)``."""
         return self._images(images, size).flatten(3).transpose(2, 3).flatten(1, 2)
 
-    def _patches(self, inputs: Tensor) -> Tensor:
-        """The patches that the kernel is applied to: a view of shape ``(images, *weight.shape[1:], *positions)``."""
+    @property
+    def _has_long_runs(self) -> bool:
+        """Whether longer runs of numbers can be copied from patches if the channels are last in memory."""
+        weight: Tensor = self.module.weight
+        return weight.shape[1] >= _FEW_CHANNELS and weight[0, 0].numel() > 1
+
+    def _ordered(self, patches: Tensor, size: int) -> Tensor:
+        """Patches by position, with their channels last: shape ``(size, positions of an example, inputs)``."""
+        dims = self.module.weight.ndim - 2
+        if self._has_long_runs:
+            order = 0, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims), 1
+            return patches.permute(order).reshape(size, -1, self.module.weight[0].numel())
+        return self._by_position(patches.movedim(1, 1 + dims).flatten(1, 1 + dims), size)
+
+    def _patches(self, inputs: Tensor, channels_last: bool = False) -> Tensor:
+        """The patches that the kernel is applied to: a view of shape ``(images, *weight.shape[1:], *positions)``.
+
+        Args:
+            inputs: the layer's input.
+            channels_last: the order of the input's memory, and so the order in which patches are copied fastest.
+        """
         module, (patches, padding) = self.module, self._padded(inputs)
+        dims, first = len(padding), 1 if channels_last else 2
+        if channels_last:
+            patches = patches.movedim(1, -1)
         if module.weight[0, 0].numel() > 1:  # so that copies of patches read consecutive numbers
             patches = patches.contiguous()
         if any(padding):
-            patches = F.pad(patches, [zeros for zeros in reversed(padding) for _ in range(2)])
-        dims = len(padding)
+            patches = F.pad(patches, [0, 0] * channels_last + [zeros for zeros in reversed(padding) for _ in range(2)])
         for dim, length, stride, dilation in zip(
-            range(2, 2 + dims), module.kernel_size, module.stride, module.dilation, strict=True
+            range(first, first + dims), module.kernel_size, module.stride, module.dilation, strict=True
         ):
             patches = patches.unfold(dim, dilation * (length - 1) + 1, stride)[..., ::dilation]
+        if channels_last:
+            patches = patches.movedim(1 + dims, 1)
         return patches.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
 
     def _convolved(self, images: Tensor, kernels: Tensor, padding: list[int]) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_trak.gradients.hooks.layers.base import Layer, LayerCall
+from lightning_trak.gradients.hooks.parts import examples_at_once
 
 _CPU_BYTES = 1 << 21  # of inputs that are normalised at a time, so that they stay in cache
 
@@ -28,8 +29,8 @@ class _Normalization(Layer):
         """Shape ``(size, numel)``."""
         if parameter != "weight":
             return self.summed(call.output_gradient, call.size)
-        fitting = _CPU_BYTES * call.size // max(1, call.inputs.nbytes)
-        step = max(1, fitting) if call.inputs.device.type == "cpu" else call.size
+        on_cpu = call.inputs.device.type == "cpu"
+        step = examples_at_once(_CPU_BYTES * call.size, call.inputs.nbytes) if on_cpu else call.size
         some = (call.take(start, min(start + step, call.size)) for start in range(0, call.size, step))
         parts = [self.summed(self.normalized(part.inputs).mul_(part.output_gradient), part.size) for part in some]
         return torch.cat(parts)
