@@ -42,7 +42,7 @@ def _keep_freed_memory() -> None:
 
 
 class LayerProjector:
-    """Adds the projected gradients of each layer call to the features; those of small parameters in :meth:`flush`.
+    """Adds the projected gradients of each layer call to the features; what is small waits for :meth:`flush`.
 
     Args:
         projection: a projection that is bound to the parameters.
@@ -58,7 +58,7 @@ class LayerProjector:
         cpu = features.device.type == "cpu"
         self._bytes = _CPU_BYTES if cpu else _ACCELERATOR_BYTES
         self._rows = _CPU_ROWS if cpu else _ACCELERATOR_ROWS
-        self._small: list[tuple[str, Tensor]] = []  # gradients of small parameters that are not added yet
+        self._small: list[tuple[str, Tensor]] = []  # what is not added yet, with the names of the parameters
         self._small_bytes = 0
         if cpu:
             _keep_freed_memory()
@@ -77,7 +77,7 @@ class LayerProjector:
                 self._add_dense(*arguments)
 
     def flush(self) -> None:
-        """Add the gradients that are kept. Call it after the backward pass."""
+        """Add what is kept, by one operation. Call it after the backward pass."""
         if self._small:
             assert isinstance(self._projection, (BoundSparseProjection, BoundKroneckerProjection))
             names, parts = zip(*self._small, strict=True)
