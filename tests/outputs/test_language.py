@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_trak.outputs import CausalLMLogLikelihood, CausalLMMargin, Seq2SeqLMMargin
+from lightning_trak.outputs import (
+    AdvantageLogLikelihood,
+    CausalLMLogLikelihood,
+    CausalLMMargin,
+    PreferenceMargin,
+    Seq2SeqLMMargin,
+)
 
 VOCABULARY = 11
 
@@ -231,6 +237,12 @@ def test_labels_of_the_next_tokens_are_suspicious(wrap):
             assert "the label at t is the token at t + 1" in output.suspicion(Bigram(), wrap(ids, labels))
         assert output.suspicion(Bigram(), wrap(ids, ids)) is None
         assert output.suspicion(Bigram(), wrap(ids, ids.where(masked != -100, -100))) is None
+    rewards, pairs = AdvantageLogLikelihood(), PreferenceMargin(Bigram())
+    for labels, said in ((following, True), (ids, False)):
+        texts = {"input_ids": ids, "labels": labels}
+        found = [rewards.suspicion(Bigram(), texts | {"advantages": torch.ones(1)})]
+        found.append(pairs.suspicion(Bigram(), ({"input_ids": ids}, texts)))
+        assert [reason is not None for reason in found] == [said, said]
     same = torch.full((1, 4), 3)  # next tokens and aligned ones alike
     assert CausalLMMargin().suspicion(Bigram(), wrap(same, same)) is None
 

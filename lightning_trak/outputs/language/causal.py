@@ -69,10 +69,10 @@ class _Causal(TokenOutput):
         """Says that labels are those of the next tokens, or that the module predicts tokens from later ones, if so."""
         if self._are_next_tokens(batch):
             return (
-                f"the label at t is the token at t + 1, and {type(self).__name__} reads the logits at t - 1 against the"
-                " label at t, so that scores are those of predicting the token after the next. Give labels that are"
-                " aligned with the ids, as Hugging Face does, such as a batch of whole texts alone; or take"
-                " Seq2SeqLMMargin, which reads the logits at t against the label at t"
+                "the label at t is the token at t + 1, and the output reads the logits at t - 1 against the label at t,"
+                " so that scores are those of predicting the token after the next. Give labels that are aligned with"
+                " the ids, as Hugging Face does, such as a batch of whole texts alone; or take Seq2SeqLMMargin, which"
+                " reads the logits at t against the label at t"
             )
         other = _with_another_end(batch)
         if other is None:
