@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import lightning as L
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_trak.cleaning.inspected import read_positions
@@ -10,11 +11,13 @@ from lightning_trak.cli.clean import Find, find_examples, require_options, write
 from lightning_trak.features.passes.options import OnNan
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.methods import FeatureMethod, LabelStatistic
+from lightning_trak.methods.showing import OTHER_DATA
 from lightning_trak.metrics import LinearDatamodelingScore
 from lightning_trak.reporting.explanations import describe_of, explain
 from lightning_trak.reporting.scores import SavedScores
 from lightning_trak.reporting.showing import kind_of_file, show
 from lightning_trak.retraining.fleets.ground_truth import load_ground_truth
+from lightning_trak.running.data.content import sample_digest
 from lightning_trak.running.data.sources import single_loader
 from lightning_trak.storage.paths import local_file
 from lightning_trak.texts.printable import counted, printable
@@ -72,7 +75,13 @@ class AttributionTrainer(L.Trainer):
         found = method.score(self, datamodule, top_k, largest, rescore, None if rescore is None else datamodule)
         num_train = FeatureStore.size_of(method.store)
         saved = SavedScores(
-            found, num_train, type(method).__name__, largest is not False, method.used_masks, method.meaning
+            found,
+            num_train,
+            type(method).__name__,
+            largest is not False,
+            method.used_masks,
+            method.meaning,
+            FeatureStore.data_of(method.store),
         )
         if self.is_global_zero:
             saved.save(scores)
@@ -168,9 +177,11 @@ class AttributionTrainer(L.Trainer):
         """
         kind_of_file(out)  # raises before the work
         saved = SavedScores.load(scores)
-        train, shown = (single_loader(datamodule, stage, self).dataset for stage in ("fit", "predict"))
+        train, shown = (single_loader(datamodule, stage, self) for stage in ("fit", "predict"))
         describe = describe_of(datamodule, model)
-        explanations = explain(saved, targets, k, train, shown, describe)
+        explanations = explain(saved, targets, k, train.dataset, shown.dataset, describe)
+        if saved.data is not None and sample_digest(train) != saved.data:
+            rank_zero_warn(OTHER_DATA)
         if predictions and method is not None:
             texts = method.describe_predictions(self, datamodule, targets)
             explanations = [each._replace(prediction=text) for each, text in zip(explanations, texts, strict=True)]

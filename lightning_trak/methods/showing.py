@@ -33,6 +33,11 @@ LOWERS_LOSS = (
     "Training on an example with a positive score lowers the model's loss at the target, on one with a negative score"
     " raises it."
 )
+OTHER_DATA = (
+    "the data module gives other training data than those that were scored, so other examples may be shown. If it"
+    " splits the data at random in setup, each Trainer that sets it up draws another split: give random_split a"
+    " generator with a seed"
+)
 
 
 class _NoBatchesError(ValueError):
@@ -114,9 +119,7 @@ class Showing(Displayed):
         explanations = explain(saved, chosen, k, datasets[0], datasets[1], describe)
         if datamodule_of(train) is not None and not self._has_scored(train_set.loader):
             warnings.warn(
-                "the data module gives other training data than those that were scored, so other examples may be shown."
-                " If it splits the data at random in setup, each Trainer that sets it up draws another split: give"
-                " random_split a generator with a seed, or show the dataset that was scored",
+                f"{OTHER_DATA}, or show the dataset that was scored",
                 stacklevel=2,
             )
         if predictions:

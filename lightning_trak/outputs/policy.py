@@ -94,6 +94,13 @@ class AdvantageLogLikelihood(LinearLossOutput):
             return f"one of its actions is {outside[0]}, and the model has {logits.shape[-1]}, from 0"
         return None
 
+    def suspicion(self, module: nn.Module, batch: Any) -> str | None:
+        """Of tokens, what :meth:`CausalLMMargin.suspicion` finds in the texts."""
+        if self.actions == "one":
+            return None
+        texts, _ = split_labels(batch, self.advantages_key)
+        return self.texts.suspicion(module, texts)
+
     def _parts(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Logits ``(batch, length, actions)``, actions and whether they count ``(batch, length)``, and advantages."""
         last = isinstance(batch, (tuple, list)) and len(batch) > 1

@@ -1,7 +1,7 @@
 """Scores in a file: all of them, or the best few of each target."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from lightning_trak.storage.user_files import existing_path, new_file, unreadabl
 
 _ABOUT = record(
     {"sha256": sha256, "checksum": sha256, "num_train": integer(1, 1 << 40), "method": text(), "largest": boolean},
-    {"meaning": text()},
+    {"meaning": text(), "data": sha256},
 )
 
 
@@ -22,7 +22,7 @@ class SavedScores(NamedTuple):
 
     The safetensors file holds ``scores``, or ``values`` and ``indices`` of the best, of both ends with
     ``opponent_values`` and ``opponent_indices`` of the lowest; and ``used_masks`` if there are any. Its metadata hold
-    ``num_train``, ``largest``, ``method``, ``meaning`` and checksums.
+    ``num_train``, ``largest``, ``method``, ``meaning``, ``data`` and checksums.
 
     Attributes:
         scores: ``(num_targets, num_train)``, or the best few of each target.
@@ -32,6 +32,7 @@ class SavedScores(NamedTuple):
         used_masks: bool ``(num_used, num_train)``, subsets whose models the scores were made with; None if there are
             none.
         meaning: a sentence that says what a positive score means; empty if that is not known.
+        data: the digest of a few items of the training data; None if it is not known.
     """
 
     scores: Scores
@@ -40,6 +41,7 @@ class SavedScores(NamedTuple):
     largest: bool = True
     used_masks: Tensor | None = None
     meaning: str = ""
+    data: str | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> "SavedScores":
@@ -59,8 +61,8 @@ class SavedScores(NamedTuple):
             raise unreadable(error, "give a file of `lightning-trak score`, or score again") from error
         except (KeyError, ValueError) as error:
             raise ValueError(f'"{path}" is not a file of `lightning-trak score`: {error}') from error
-        used, meaning = tensors.get("used_masks"), about.get("meaning", "")
-        saved = cls(scores, about["num_train"], about["method"], about["largest"], used, meaning)
+        used, meaning, data = tensors.get("used_masks"), about.get("meaning", ""), about.get("data")
+        saved = cls(scores, about["num_train"], about["method"], about["largest"], used, meaning, data)
         saved.require_scores(f'"{path}" is wrong')
         return saved
 
@@ -75,14 +77,10 @@ class SavedScores(NamedTuple):
         tensors = _tensors_of(self.scores)
         if self.used_masks is not None:
             tensors["used_masks"] = self.used_masks
-        save_tensors(
-            new_file(path, "file of scores"),
-            tensors,
-            num_train=self.num_train,
-            method=self.method,
-            largest=self.largest,
-            meaning=self.meaning,
-        )
+        about: dict[str, Any] = {name: getattr(self, name) for name in ("num_train", "method", "largest", "meaning")}
+        if self.data is not None:
+            about["data"] = self.data
+        save_tensors(new_file(path, "file of scores"), tensors, **about)
 
     def require_scores(self, problem: str) -> None:
         """Check the scores, so that every position in them is one of a training example.

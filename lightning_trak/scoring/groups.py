@@ -313,6 +313,8 @@ def added_up(scores: Tensor, rows: Sums | None, columns: Sums | None) -> Tensor:
 
 
 def _as_list(labels: Any) -> list[Label | None]:
+    if isinstance(labels, np.ndarray) and labels.dtype == object and labels.ndim == 1:
+        labels = labels.tolist()  # as a column of texts in pandas
     if isinstance(labels, (Tensor, np.ndarray)):
         array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else labels
         if array.ndim != 1 or array.dtype.kind not in "iuU":

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from argparse import ArgumentError
 from base64 import b64decode
 from html.parser import HTMLParser
@@ -312,6 +313,16 @@ def test_the_data_must_be_those_that_were_scored(refused, scored):
     assert "are of 8 targets and 60 training examples, the data hold 8 and 59" in said
     said = refused("show", *SMALL, "--targets", "0", "8")
     assert said.endswith("there is no target 8: they are numbered from 0 to 7")
+
+
+def test_other_data_of_the_same_size_are_warned_of(run, scored, tmp_path):
+    saved, other = SavedScores.load("run/scores.safetensors"), str(tmp_path / "other")
+    saved._replace(data="0" * 64).save(other)
+    with pytest.warns(UserWarning, match="gives other training data than those that were scored"):
+        run("show", *SMALL, "--scores", other)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the data module gives other")
+        run("show", *SMALL)
 
 
 def test_sections_and_files_that_are_missing(refused):

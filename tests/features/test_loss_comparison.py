@@ -10,7 +10,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import TRAK
 from lightning_trak.methods import Explicit, InfluenceFunction
-from lightning_trak.outputs import ClassificationMargin, NegativeLoss, RegressionOutput
+from lightning_trak.outputs import (
+    CausalLMLogLikelihood,
+    CausalLMMargin,
+    ClassificationMargin,
+    MultiLabelMargin,
+    NegativeLoss,
+    RegressionOutput,
+    SegmentationMargin,
+)
 from lightning_trak.projections import IdentityProjection
 from tests.lit import TARGETS, TRAIN, LitNet, make_trainer
 
@@ -124,6 +132,93 @@ def test_losses_of_regressions_are_compared_up_to_a_factor(tmp_path):
     data = TensorDataset(TRAIN.tensors[0], 3 * torch.randn(len(TRAIN)))
     assert found("TRAK", Regression(F.mse_loss), tmp_path / "square", data)[1] == []
     assert len(found("TRAK", Regression(F.l1_loss), tmp_path / "absolute", data)[1]) == 1
+
+
+class Several(LitNet):
+    """Makes five predictions for an example, of three classes each."""
+
+    def __init__(self, output, loss):
+        super().__init__()
+        self.head, self.declared, self.loss = nn.Linear(8, 15), output, loss
+
+    def forward(self, inputs):
+        return super().forward(inputs).unflatten(1, (3, 5))
+
+    def configure_model_output(self):
+        return self.declared
+
+    def training_step(self, batch):
+        return self.loss(self(batch[0]), batch[1])
+
+
+class Labels(Several):
+    def forward(self, inputs):
+        return super().forward(inputs)[:, 0]
+
+
+def warned(module, tmp_path, data) -> bool:
+    """Whether featurize warns about the loss."""
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        METHODS["TRAK"](module, tmp_path).featurize(make_trainer(), data)
+    return any("another loss" in str(item.message) for item in given)
+
+
+def some_maps(classes: int) -> Tensor:
+    """Labels of five predictions; in one example of two, two of them do not count."""
+    labels = torch.randint(0, classes, (len(TRAIN), 5), generator=torch.Generator().manual_seed(0))
+    labels[::2, 1:3] = -100
+    return labels
+
+
+def binary(logits, labels, **options):
+    known = labels != -100
+    return F.binary_cross_entropy_with_logits(logits[known], labels[known].float(), **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "output", "loss", "said"),
+    [
+        (Several, SegmentationMargin(), F.cross_entropy, False),
+        (Several, SegmentationMargin(), lambda a, b: F.cross_entropy(a, b, weight=torch.tensor([1.0, 3.0, 9.0])), True),
+        (Labels, MultiLabelMargin(), binary, False),
+        (Labels, MultiLabelMargin("sum"), lambda a, b: binary(a, b, reduction="sum"), False),
+        (Labels, MultiLabelMargin(), lambda a, b: binary(a, b, pos_weight=torch.tensor(9.0)), True),
+    ],
+)
+def test_several_predictions_are_compared(kind, output, loss, said, tmp_path):
+    data = TensorDataset(TRAIN.tensors[0], some_maps(3 if kind is Several else 2))
+    assert warned(kind(output, loss), tmp_path, data) is said
+
+
+@pytest.mark.parametrize(
+    ("output", "shift"),
+    [
+        (CausalLMMargin(), 0),
+        (CausalLMMargin(), 1),
+        (CausalLMLogLikelihood(), 0),
+        (CausalLMLogLikelihood(reduction="mean"), 0),
+    ],
+)
+def test_losses_of_texts_are_compared(output, shift, tmp_path):
+    """``shift``: training reads the labels at other places than the output does."""
+
+    class Texts(Several):
+        def __init__(self):
+            super().__init__(output, None)
+            self.head = nn.Embedding(9, 9)
+
+        def forward(self, ids):
+            return self.head(ids) * self.scale
+
+        def training_step(self, batch):
+            logits, labels = self(batch[0]), batch[1]
+            return F.cross_entropy(logits[:, : 5 + shift].flatten(0, 1), labels[:, 1 - shift :].flatten())
+
+    ids = torch.randint(0, 9, (len(TRAIN), 6), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[::2, 3:] = -100
+    assert warned(Texts(), tmp_path, TensorDataset(ids, labels)) is bool(shift)
 
 
 def test_a_given_loss_is_the_user_s_own(tmp_path):

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_trak.outputs import CausalLMMargin, Seq2SeqLMMargin
+from lightning_trak.outputs import (
+    AdvantageLogLikelihood,
+    CausalLMLogLikelihood,
+    CausalLMMargin,
+    PreferenceMargin,
+    Seq2SeqLMMargin,
+)
 
 VOCABULARY = 11
 
@@ -219,6 +225,26 @@ def test_a_model_that_looks_ahead_is_suspicious(wrap):
     assert "BothWays predicts tokens from later ones" in CausalLMMargin().suspicion(BothWays(), batch)
     assert CausalLMMargin().suspicion(Bigram(), batch) is None
     assert CausalLMMargin().suspicion(BothWays(), wrap(torch.tensor([[1, 4]]))) is None  # too short to tell
+
+
+@pytest.mark.parametrize("wrap", [lambda *pair: pair, lambda ids, labels: {"input_ids": ids, "labels": labels}])
+def test_labels_of_the_next_tokens_are_suspicious(wrap):
+    text = torch.tensor([[1, 4, 2, 3, 3, 5]])
+    ids, following = text[:, :-1], text[:, 1:]
+    masked = following.where(torch.tensor([False, False, True, True, True]), -100)
+    for output in (CausalLMMargin(), CausalLMLogLikelihood()):
+        for labels in (following, masked):
+            assert "the label at t is the token at t + 1" in output.suspicion(Bigram(), wrap(ids, labels))
+        assert output.suspicion(Bigram(), wrap(ids, ids)) is None
+        assert output.suspicion(Bigram(), wrap(ids, ids.where(masked != -100, -100))) is None
+    rewards, pairs = AdvantageLogLikelihood(), PreferenceMargin(Bigram())
+    for labels, said in ((following, True), (ids, False)):
+        texts = {"input_ids": ids, "labels": labels}
+        found = [rewards.suspicion(Bigram(), texts | {"advantages": torch.ones(1)})]
+        found.append(pairs.suspicion(Bigram(), ({"input_ids": ids}, texts)))
+        assert [reason is not None for reason in found] == [said, said]
+    same = torch.full((1, 4), 3)  # next tokens and aligned ones alike
+    assert CausalLMMargin().suspicion(Bigram(), wrap(same, same)) is None
 
 
 def test_seq2seq_needs_labels():

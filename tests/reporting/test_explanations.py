@@ -100,7 +100,9 @@ def test_scores_come_back_from_the_file(tmp_path):
     full.save(tmp_path / "full")
     found = SavedScores.load(tmp_path / "full")
     assert torch.equal(found.scores, full.scores)
-    assert found[1:] == (9, "TRAK", True, None, "")
+    assert found[1:] == (9, "TRAK", True, None, "", None)
+    full._replace(data="0" * 64).save(tmp_path / "data")
+    assert SavedScores.load(tmp_path / "data").data == "0" * 64
     best = found.best(1, 20)
     assert best["proponents"].indices.tolist() == full.scores[1].argsort(descending=True).tolist()
     assert best["opponents"].indices.tolist() == full.scores[1].argsort().tolist()

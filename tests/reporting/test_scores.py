@@ -21,7 +21,7 @@ def test_what_is_saved_is_loaded(tmp_path, scores):
     largest = not isinstance(scores, TopK) or bool(scores.values[0, 0] > 0)
     SavedScores(scores, 9, "TRAK", largest).save(tmp_path / "a" / "scores")
     found = SavedScores.load(tmp_path / "a" / "scores")
-    assert found[1:] == (9, "TRAK", largest, None, "")
+    assert found[1:] == (9, "TRAK", largest, None, "", None)
     assert all(map(torch.equal, *((item,) if torch.is_tensor(item) else item for item in (found.scores, scores))))
 
 

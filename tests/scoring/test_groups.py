@@ -1,5 +1,6 @@
 """Groups of examples, and what is refused."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ def test_groups_are_in_the_order_of_their_names():
     assert groups.names == ("a", "b")
     assert groups.numbers.tolist() == [1, -1, 0, 1]
     assert groups.sizes.tolist() == [1, 2]
+    assert Groups(np.array(["b", None, "a"], dtype=object)).numbers.tolist() == [1, -1, 0]  # as pandas has texts
     assert Groups(torch.tensor([5, 2]), names=[5, 2]).numbers.tolist() == [0, 1]
 
 

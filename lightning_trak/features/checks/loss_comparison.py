@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_trak.features.model import ModelCopy
 from lightning_trak.gradients.batch import ExampleBatch
+from lightning_trak.outputs import ModelOutput
 from lightning_trak.outputs.evaluating import exact_attention, unchanged
+from lightning_trak.outputs.margins import logistic_loss
+from lightning_trak.outputs.predictions import SeveralPredictions
 from lightning_trak.packages import is_a, overrides
 from lightning_trak.running.random_states import isolated_random_states
 from lightning_trak.running.ranks import is_one_of_several
@@ -25,9 +27,10 @@ _RELATIVE, _ABSOLUTE = 2e-2, 1e-4  # the losses of a sure model are all rounding
 def warn_of_other_loss(model: ModelCopy, examples: ExampleBatch, together: int) -> None:
     """Warn if ``training_step`` minimizes another loss than that of the output.
 
-    Another factor is no other loss: a mean and a sum, or a square and its half, give the same Newton step. Nothing is
-    said where the two cannot be compared: if the output makes one prediction of several, if the step is random, fails
-    without a training run or returns no number, or if there are several processes.
+    Another factor is no other loss: a mean and a sum, or a square and its half, give the same Newton step. Of several
+    predictions for an example, such as its tokens, the cross-entropies are compared. Nothing is said where the two
+    cannot be compared: if the output does not say what its loss is a mean of, if the step is random, fails without a
+    training run or returns no number, or if there are several processes.
 
     Args:
         model: the copy of the model, at a checkpoint. Whatever the step does to its weights, they are loaded again.
@@ -35,7 +38,9 @@ def warn_of_other_loss(model: ModelCopy, examples: ExampleBatch, together: int) 
         together: how many of them the model can take together.
     """
     module, output = model.module, model.output
-    if examples.is_one_by_one or output.averages or output.context_size or output.numbered:
+    if examples.is_one_by_one or output.context_size or output.numbered:
+        return
+    if output.averages and not isinstance(output, SeveralPredictions):
         return
     if not is_a(module, L.LightningModule) or not overrides(module, "training_step", L.LightningModule):
         return
@@ -54,13 +59,11 @@ def warn_of_other_loss(model: ModelCopy, examples: ExampleBatch, together: int) 
         return
     finally:
         model.load(model.checkpoint or 0, model.device)
-    sums = [math.fsum(part) for part in losses]
-    means = [total / len(part) for total, part in zip(sums, losses, strict=True)]
-    if not _proportional(returned, means) and not _proportional(returned, sums):
+    if not any(_proportional(returned, reduced) for reduced in zip(*losses, strict=True)):
         name = type(output).__name__
         pairs = "; ".join(
-            f"{step:.4g} and {mean:.4g} for {counted(batch.size, 'training example')}"
-            for batch, step, mean in zip(batches, returned, means, strict=True)
+            f"{step:.4g} and {loss.mean:.4g} for {counted(batch.size, 'training example')}"
+            for batch, step, loss in zip(batches, returned, losses, strict=True)
         )
         rank_zero_warn(
             f"training_step of {type(module).__name__} minimizes another loss than that of {name}, from which scores"
@@ -70,18 +73,37 @@ def warn_of_other_loss(model: ModelCopy, examples: ExampleBatch, together: int) 
         )
 
 
+class _Losses(NamedTuple):
+    """What a step may make of the losses of a batch: their mean or sum, or the mean over the predictions of all."""
+
+    mean: float
+    sum: float
+    pooled: float
+
+
+def _losses(output: ModelOutput, module: nn.Module, batch: Any) -> _Losses:
+    if isinstance(output, SeveralPredictions):
+        margins, weights = output.predictions(module, batch)
+        each = logistic_loss(margins)
+        losses, pooled = (weights * each).sum(-1), each[weights != 0].mean()
+    else:
+        losses = output.loss(output.output(module, batch))
+        pooled = losses.mean()
+    return _Losses(losses.mean().item(), losses.sum().item(), pooled.item())
+
+
 def _compared(
     model: ModelCopy, module: L.LightningModule, batches: Sequence[ExampleBatch]
-) -> tuple[list[list[float]], list[float]]:
-    """The losses of the examples of each batch by the output, and what ``training_step`` returns for the batch.
+) -> tuple[list[_Losses], list[float]]:
+    """The losses of each batch by the output, and what ``training_step`` returns for it.
 
     Raises:
         ValueError: if a loss is not finite, or the step returns no number, or another one the second time.
     """
     output = model.output
     with model.differentiable(), isolated_random_states(), unchanged(module, output), exact_attention():
-        losses = [output.loss(output.output(module, batch.fresh())).tolist() for batch in batches]
-        if not all(map(math.isfinite, chain(*losses))):
+        losses = [_losses(output, module, batch.fresh()) for batch in batches]
+        if not all(math.isfinite(loss.sum) for loss in losses):
             raise ValueError("an example has no loss")  # another check names it
         silence(module)
         step = training_step_of(module)

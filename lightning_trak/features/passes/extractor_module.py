@@ -18,6 +18,7 @@ from lightning_trak.features.checks.same_function import (
     require_same_outputs,
 )
 from lightning_trak.features.checks.soundness import require_sound
+from lightning_trak.features.checks.untrained import warn_of_untrained
 from lightning_trak.features.engines import EngineName, choose_engine, how, make_engine
 from lightning_trak.features.extractor import FeatureExtractor
 from lightning_trak.features.factors import FactorExtractor
@@ -139,6 +140,7 @@ class ExtractorModule(PredictModule):
             require_sound(asked, self._layout, *self._alone_and_together)
         if self._few is not None and self._train_loader is not None:
             warn_of_other_loss(model, self._few, batch_size_of(self._train_loader))
+            warn_of_untrained(model)
             self._few = None
         if self._engine is None:
             self._engine = self._settle_engine()

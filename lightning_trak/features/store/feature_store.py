@@ -140,6 +140,12 @@ class FeatureStore(StoredExtras):
         return int(last_part(path, manifest)["num_examples"])
 
     @staticmethod
+    def data_of(directory: str | Path) -> str | None:
+        """What :attr:`data` of an existing store is."""
+        part = last_part(local_directory(directory, "store"), FeatureStore.read_manifest(directory))
+        return None if part["sample"] is None else part["sample"][0]
+
+    @staticmethod
     def is_of(directory: str | Path, sample: Sample) -> bool:
         """Whether an existing store was made of some data, as far as anybody can tell.
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import Self
 
 from lightning_trak.features.checks.loss_comparison import warn_of_other_loss
+from lightning_trak.features.checks.untrained import warn_of_untrained
 from lightning_trak.features.dtypes import feature_dtype
 from lightning_trak.features.engines import EngineName, choose_engine, make_engine
 from lightning_trak.features.extractor import GRADIENT_BYTES, FeatureExtractor
@@ -129,6 +130,7 @@ class Passes:
                 ((batch, size),) = self.batches(self.train, [spread(len(self.train), FEW)])
                 few = ExampleBatch(batch, size, self.layout)
                 warn_of_other_loss(model, few, batch_size_of(self.train.loader))
+                warn_of_untrained(model)
 
     def use_engine(self, name: EngineName) -> None:
         """Use this engine to differentiate from now on."""

@@ -66,7 +66,14 @@ class _Causal(TokenOutput):
         return logits, following, F.pad(counted[:, 1:], (0, 1), value=False)
 
     def suspicion(self, module: nn.Module, batch: Any) -> str | None:
-        """Says that the module predicts tokens from later ones, if so."""
+        """Says that labels are those of the next tokens, or that the module predicts tokens from later ones, if so."""
+        if self._are_next_tokens(batch):
+            return (
+                "the label at t is the token at t + 1, and the output reads the logits at t - 1 against the label at t,"
+                " so that scores are those of predicting the token after the next. Give labels that are aligned with"
+                " the ids, as Hugging Face does, such as a batch of whole texts alone; or take Seq2SeqLMMargin, which"
+                " reads the logits at t against the label at t"
+            )
         other = _with_another_end(batch)
         if other is None:
             return None
@@ -79,6 +86,15 @@ class _Causal(TokenOutput):
             f" {type(self).__name__} reads its logits as if it were: those at t - 1 against token t. For a masked"
             " language model take SegmentationMargin, with logits of shape (batch, vocabulary, length)"
         )
+
+    def _are_next_tokens(self, batch: Any) -> bool:
+        """Whether each label that counts is the token after its own."""
+        ids, (_, labels, counted, _) = _ids(batch), self.tokens(batch)
+        if ids is None or ids.shape != labels.shape:
+            return False
+        labels, counted = labels[:, :-1], counted[:, :-1]
+        own, following = ((labels != tokens)[counted] for tokens in (ids[:, :-1], ids[:, 1:]))
+        return bool(own.any()) and not bool(following.any())
 
     def _split(self, batch: Any) -> tuple[Any, Tensor]:
         """The module's inputs without the labels, and the labels, which are the ids unless given."""
@@ -102,11 +118,8 @@ class _Causal(TokenOutput):
 
 def _with_another_end(batch: Any) -> Any:
     """A batch with its first token in the place of the last; None if that is not known to be another text."""
-    if isinstance(batch, MutableMapping):
-        ids = batch.get("input_ids")
-    else:
-        ids = batch[0] if type(batch) in (tuple, list) else batch
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] < 3 or bool((ids[:, 0] == ids[:, -1]).any()):
+    ids = _ids(batch)
+    if ids is None or ids.ndim != 2 or ids.shape[1] < 3 or bool((ids[:, 0] == ids[:, -1]).any()):
         return None
     changed = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
     if isinstance(batch, MutableMapping):
@@ -114,6 +127,15 @@ def _with_another_end(batch: Any) -> Any:
         other["input_ids"] = changed
         return other
     return changed if isinstance(batch, Tensor) else (changed, *batch[1:])
+
+
+def _ids(batch: Any) -> Tensor | None:
+    """The token ids of a batch; None if it is not known where they are."""
+    if isinstance(batch, MutableMapping):
+        ids = batch.get("input_ids")
+    else:
+        ids = batch[0] if type(batch) in (tuple, list) else batch
+    return ids if isinstance(ids, Tensor) else None
 
 
 class CausalLMMargin(_Margin, _Causal):

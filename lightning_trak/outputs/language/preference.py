@@ -90,6 +90,11 @@ class PreferenceMargin(ModelOutput):
                 return f"the reference gives its {side} text the log-likelihood {reference}"
         return None
 
+    def suspicion(self, module: nn.Module, batch: Any) -> str | None:
+        """What :meth:`CausalLMMargin.suspicion` finds in one of the two texts."""
+        found = (self.texts.suspicion(module, text) for text in self._texts(batch).values())
+        return next(filter(None, found), None)
+
     def loss(self, output: Tensor) -> Tensor:
         """The loss of direct preference optimization at each margin, -log sigmoid(f); shape ``(batch,)``."""
         return logistic_loss(output)
