@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from typing_extensions import Unpack
 
-from lightning_trak.checks import positive, require_options
+from lightning_trak.checks import positive, require_options, shows_options_of
 from lightning_trak.features.passes.target_features import TargetFeatures
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.methods.examples import Examples
@@ -161,6 +161,7 @@ class ScoredMethod(TokenMethod):
         **question: Unpack[Question],
     ) -> Any: ...
 
+    @shows_options_of(None)
     def score(
         self,
         trainer: L.Trainer | None = None,
