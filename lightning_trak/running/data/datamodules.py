@@ -69,7 +69,7 @@ def loaders_of(datamodule: L.LightningDataModule, stage: str, trainer: L.Trainer
         if drawn and not _is_repeatable(datamodule, before, stage, found):
             message = (
                 f"setup({stage!r}) of {name} draws the data at random, so they may differ from the training data: use"
-                " a generator that has a fixed seed, or pass the loaders that were used in training"
+                " a generator that has a fixed seed, or in Python pass the loaders that were used in training"
             )
             if met:
                 raise ValueError(message)
