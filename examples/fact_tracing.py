@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"2. Tracing {traced} of them", flush=True)
     trainer = make_trainer(args.epochs)
     methods = {
-        "TRAK": TRAK(model, snapshots, run / "features"),
+        "TRAK": TRAK(model, snapshots, run / "features", dtype="int8"),
         "BM25": BM25(lambda item: item["input_ids"][item["input_ids"] != PAD]),
         "random": RandomScores(),
     }

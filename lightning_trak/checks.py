@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from numbers import Real
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -189,22 +189,24 @@ def needs_extra(extra: str, reason: str) -> Iterator[None]:
         raise ModuleNotFoundError(f'{reason}: pip install "lightning-trak[{extra}]"') from error
 
 
-def shows_options_of(other: Callable[..., Any]) -> Callable[[Function], Function]:
+def shows_options_of(other: Callable[..., Any] | None) -> Callable[[Function], Function]:
     """A decorator: the function's signature has the arguments that its ``**options: Unpack[...]`` stand for.
 
     Type checkers read the annotation; ``help()`` and notebooks read the signature.
 
     Args:
-        other: the function that takes the options, whose defaults are shown.
+        other: the function that takes the options, whose defaults are shown; None: the default of all is None.
     """
+    taken = {} if other is None else inspect.signature(other).parameters
 
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
         *own, options = signature.parameters.values()
         (known,) = get_args(options.annotation)
-        taken = inspect.signature(other).parameters
-        shown = [*own, *(taken[name] for name in known.__annotations__)]
-        function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+        hints = get_type_hints(known)
+        shown = [options.replace(name=name, kind=options.KEYWORD_ONLY, annotation=hint) for name, hint in hints.items()]
+        shown = [each.replace(default=taken[each.name].default if taken else None) for each in shown]
+        function.__signature__ = signature.replace(parameters=[*own, *shown])  # type: ignore[attr-defined]
         return function
 
     return decorate

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack, override
 
-from lightning_trak.checks import require_options
+from lightning_trak.checks import require_options, shows_options_of
 from lightning_trak.methods.examples import Examples
 from lightning_trak.methods.questions import (
     Asked,
@@ -126,6 +126,7 @@ class Method(Showing, LabelStatistic):
         **question: Unpack[AttributedQuestion],
     ) -> Interval: ...
 
+    @shows_options_of(None)
     def attribute(
         self,
         trainer: L.Trainer | None = None,

@@ -184,7 +184,7 @@ def test_a_store_made_otherwise_is_refused_by_name(tmp_path, checkpoints):
 def test_attribute_takes_one_set_of_targets(tmp_path, checkpoints):
     method = GradientDot(make_model(), checkpoints, tmp_path, projection=SparseProjection(32))
     loaders = [DataLoader(TARGETS), DataLoader(TARGETS)]
-    with pytest.raises(ValueError, match="attribute takes one set of targets, got 2 loaders; use score"):
+    with pytest.raises(ValueError, match="expected one set of targets, got 2 loaders; join them"):
         method.attribute(make_trainer(), TRAIN, loaders)
 
     class Several(L.LightningDataModule):
@@ -194,7 +194,9 @@ def test_attribute_takes_one_set_of_targets(tmp_path, checkpoints):
     with pytest.raises(ValueError, match="expected one set of targets, got 2 loaders"):
         method.attribute(make_trainer(), TRAIN, Several())
     assert not any(tmp_path.iterdir())
-    method.featurize(make_trainer(), TRAIN)
+    scores = method.attribute(make_trainer(), TRAIN, (loaders[0],))
+    for found in method.score(make_trainer(), loaders):
+        assert torch.equal(found, scores)
     assert len(method.score(make_trainer(), loaders)) == 2
 
 

@@ -66,7 +66,9 @@ def test_the_rows_of_tokens_make_the_row_of_the_text(tmp_path, name):
     tokens = text_tokens(trainer, loader(TARGETS), output)
     assert len(rows) == len(tokens.texts) == sum(int((text["labels"][1:] >= 0).sum()) for text in TARGETS)
     close(torch.stack([rows[tokens.of(text)].mean(0) for text in range(4)]), whole)
-    close(method.score(trainer, loader(TARGETS), output=output, aggregate="mean", groups=tokens.texts), whole)
+    question = {"output": output, "aggregate": "mean", "groups": tokens.texts}
+    close(method.score(trainer, loader(TARGETS), **question), whole)
+    close(method.attribute(trainer, loader(TRAIN), loader(TARGETS), **question), whole)
 
 
 @pytest.mark.slow

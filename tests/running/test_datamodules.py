@@ -129,7 +129,7 @@ def test_a_new_split_after_fit_is_refused(tmp_path, kind):
     before = dict(vars(data))
     state = torch.get_rng_state()
     with pytest.raises(
-        ValueError, match=r"setup\('\w+'\) of \w+ draws the data at random.*fixed seed, or pass the load"
+        ValueError, match=r"setup\('\w+'\) of \w+ draws the data at random.*fixed seed, or in Python pass the load"
     ):
         trak.attribute(trainer, data, data)
     assert vars(data) == before
@@ -170,7 +170,7 @@ def test_one_that_was_set_up_by_hand_keeps_its_data(recwarn):
     data = AtRandom()
     data.setup("fit")
     train = data.train
-    with pytest.raises(ValueError, match=r"changes the training data that it had before.*or pass the loaders"):
+    with pytest.raises(ValueError, match=r"training data that it had before.*or in Python pass the loaders"):
         as_loaders(data, "fit", make_trainer())
     assert data.train is train
 

@@ -13,7 +13,7 @@ from typing_extensions import Unpack, override
 
 from lightning_trak.checkpoints.of_model import checkpoints_of
 from lightning_trak.checkpoints.reading import CheckpointsLike, masks_of
-from lightning_trak.checks import require_options
+from lightning_trak.checks import require_options, shows_options_of
 from lightning_trak.compatibility import original_module
 from lightning_trak.features.dtypes import Dtype, feature_dtype
 from lightning_trak.features.engines import EngineName
@@ -112,6 +112,7 @@ class FeatureMethod(ScoredMethod):
         """Raise if the scorer needs more training examples than there are. By default any number is enough."""
 
     @override
+    @shows_options_of(FeaturePipeline.featurize)
     def featurize(
         self,
         trainer: L.Trainer | None = None,

@@ -8,9 +8,10 @@ from torch import nn
 from typing_extensions import Unpack, override
 
 from lightning_trak.checkpoints.reading import CheckpointsLike
-from lightning_trak.checks import require_one_of, require_options
+from lightning_trak.checks import require_one_of, require_options, shows_options_of
 from lightning_trak.features.engines import EngineName
 from lightning_trak.features.passes.options import Featurizing
+from lightning_trak.features.passes.pipeline import FeaturePipeline
 from lightning_trak.features.rows import Features
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.gradients import ParameterSelection
@@ -117,6 +118,7 @@ class ExactKernel(NewtonMethod):
         )
 
     @override
+    @shows_options_of(FeaturePipeline.featurize)
     def featurize(
         self,
         trainer: L.Trainer | None = None,

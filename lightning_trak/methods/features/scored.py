@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from typing_extensions import Unpack
 
-from lightning_trak.checks import positive, require_options
+from lightning_trak.checks import positive, require_options, shows_options_of
 from lightning_trak.features.passes.target_features import TargetFeatures
 from lightning_trak.features.settings import FeatureSettings
 from lightning_trak.methods.examples import Examples
@@ -79,17 +79,16 @@ class ScoredMethod(TokenMethod):
         question: AttributedQuestion,
     ) -> Scores | Interval:
         """Call :meth:`featurize`, which does nothing if the store is complete, and then :meth:`score`."""
-        if holds_several(targets):
-            count = len(cast(Any, targets))
-            raise ValueError(f"attribute takes one set of targets, got {count} loaders; use score for several")
         asked: Any = dict(question)
         candidates = asked.pop("candidates", None)
         # What cannot be answered is refused before the features are made.
-        target_output(asked.get("output"), self.output)
+        output = target_output(asked.get("output"), self.output)
         columns = Examples(train if candidates is None else candidates, "fit", trainer)
         train_columns(None, asked.get("train_groups"), len(columns))
-        (rows,) = target_rows(question, [len(Examples(targets, "predict", trainer))])
+        (rows,) = target_rows(question, [len(Examples(targets, "predict", trainer, output=output))])
         require_interval(interval, rows)
+        if holds_several(targets):  # no more than one, or they were refused by now
+            (targets,) = cast(Any, targets)
         self.featurize(trainer, train)
         found = self.score(trainer, targets, top_k, largest, train=candidates, interval=interval, **asked)
         return cast("Scores | Interval", found)
@@ -162,6 +161,7 @@ class ScoredMethod(TokenMethod):
         **question: Unpack[Question],
     ) -> Any: ...
 
+    @shows_options_of(None)
     def score(
         self,
         trainer: L.Trainer | None = None,

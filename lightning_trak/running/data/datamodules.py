@@ -44,7 +44,7 @@ def loaders_of(datamodule: L.LightningDataModule, stage: str, trainer: L.Trainer
     hook, name = _HOOKS[stage], type(datamodule).__name__
     if not overrides(datamodule, hook, L.LightningDataModule):
         whose = "the training data" if stage == "fit" else "the targets"
-        raise TypeError(f"{name} has no {hook}(), which must give {whose}; define it, or pass a DataLoader or Dataset")
+        raise TypeError(f"{name} has no {hook}(), which must give {whose}; define it, or in Python pass a DataLoader")
     met, before = getattr(datamodule, "trainer", None) is not None, dict(vars(datamodule))
     datamodule.trainer = trainer
     found = _ask(datamodule, hook) if met else None
@@ -64,12 +64,12 @@ def loaders_of(datamodule: L.LightningDataModule, stage: str, trainer: L.Trainer
             raise ValueError(
                 f"setup({stage!r}) of {name} changes the training data that it had before: split the data with a"
                 " generator that has a fixed seed, such as random_split(data, lengths,"
-                " torch.Generator().manual_seed(0)), or pass the loaders instead of the data module"
+                " torch.Generator().manual_seed(0)), or in Python pass the loaders instead of the data module"
             )
         if drawn and not _is_repeatable(datamodule, before, stage, found):
             message = (
                 f"setup({stage!r}) of {name} draws the data at random, so they may differ from the training data: use"
-                " a generator that has a fixed seed, or pass the loaders that were used in training"
+                " a generator that has a fixed seed, or in Python pass the loaders that were used in training"
             )
             if met:
                 raise ValueError(message)
