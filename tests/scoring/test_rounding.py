@@ -5,13 +5,15 @@ import warnings
 import pytest
 import torch
 
+from lightning_trak.checkpoints.subsets import TrainingSubset
 from lightning_trak.features.dtypes import feature_dtype
 from lightning_trak.features.rows import Features, StoredFeatures
 from lightning_trak.features.store import FeatureStore
 from lightning_trak.running.ranks import Ranks
-from lightning_trak.scoring import GradientCosineScorer, GradientDotScorer, PrimalScorer
+from lightning_trak.scoring import DualScorer, GradientCosineScorer, GradientDotScorer, PrimalScorer
 from lightning_trak.scoring.newton.gram import DampedGram
 from lightning_trak.scoring.newton.kernel import DampedKernel, kernel_matrix
+from lightning_trak.scoring.newton.rounding import OwnRounding
 
 CPU = torch.device("cpu")
 
@@ -212,3 +214,44 @@ def test_of_several_checkpoints_there_is_one_warning(tmp_path, wide):
         PrimalScorer(store, "gauss_newton", 0.02, "per_checkpoint", 0.0).fit(CPU)
     (message,) = [str(warning.message) for warning in caught if "changes scores" in str(warning.message)]
     assert "checkpoint 1 by about" in message
+
+
+DTYPES = ("float32", "int4")
+OWN = {"primal": (600, PrimalScorer), "dual": (120, DualScorer)}
+
+
+@pytest.mark.parametrize("name", list(OWN))
+@pytest.mark.parametrize("curvature", ["gauss_newton", "identity"])
+def test_what_rounding_adds_to_a_score_for_itself_is_foreseen(tmp_path, wide, name, curvature, monkeypatch):
+    """Also for examples that the model has not seen."""
+    n, kind = OWN[name]
+    rows = Features(*(column[:n] for column in wide))._replace(loss_gradients=torch.ones(n))
+    subset, foreseen = TrainingSubset(torch.arange(n) % 4 > 0), []
+    monkeypatch.setattr(OwnRounding, "check", lambda self, *_: foreseen.append(self._sums[0] / self._sums[1]))
+    exact, rounded = (own_scores(stored_as(tmp_path, rows, dtype), kind, curvature, subset, 0.1) for dtype in DTYPES)
+    assert foreseen[0] == 0
+    assert foreseen[1] > 0.03
+    assert float(1 - exact.sum() / rounded.sum()) == pytest.approx(float(foreseen[1]), rel=0.3)
+
+
+def own_scores(store, kind, curvature="gauss_newton", subset=None, damping=0.3):
+    scorer = kind(store, curvature, damping, "per_checkpoint", 0.0, subsets=[subset])
+    scorer.fit(CPU)
+    return scorer.self_scores()
+
+
+@pytest.mark.parametrize("name", list(OWN))
+@pytest.mark.parametrize("apart", [0.1, 0.01])
+def test_scores_for_itself_that_are_mostly_noise_warn_or_are_refused(tmp_path, name, apart):
+    """Rows that share almost all."""
+    n, kind = OWN[name]
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 200, generator=generator) + apart * torch.randn(n, 200, generator=generator)
+    rows = Features(features, *torch.rand(3, n, generator=generator))
+    store = stored_as(tmp_path, rows, "int4")
+    if apart == 0.01:
+        with pytest.raises(ValueError, match=r"makes up about \d+% of .* themselves at checkpoint 0.* more bits"):
+            own_scores(store, kind, damping=1.0)
+    else:
+        with pytest.warns(RuntimeWarning, match=r"makes up about [34]\d% of .* themselves at checkpoint 0"):
+            own_scores(store, kind, damping=0.5)

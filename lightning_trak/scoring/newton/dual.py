@@ -89,16 +89,12 @@ class DualScorer(TRAKScorer):
             total = total + self._weighted(direction[:, examples.start : examples.stop], checkpoint, shard)
         return self.finish(total, self._loss_gradients_of(shard))
 
-    def own_products(self, checkpoint: int, shards: Sequence[int], ranks: Ranks) -> Iterator[Tensor]:
-        """See :meth:`Scorer.own_products`."""
+    def _own(self, checkpoint: int, shards: Sequence[int], ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
+        """See :meth:`TRAKScorer._own`."""
         kernel, system = self._kernel(checkpoint, ranks), self._damped(checkpoint)  # even if this rank has no shard
-
-        def own(shard: int) -> Tensor:
-            examples = self.store.shard(shard)
-            tau = system.own(kernel[examples.start : examples.stop], examples)
-            return self._weighted(tau.to(self._dtype), checkpoint, shard)
-
-        return map(own, shards)
+        for examples in map(self.store.shard, shards):
+            rows = kernel[examples.start : examples.stop]
+            yield system.own(rows, examples), rows[:, examples.start : examples.stop].diagonal()
 
     def prepare_others(self, directions: Sequence[Tensor], ranks: Ranks) -> Sequence[Any]:
         """See :meth:`Scorer.prepare_others`. The scores of the stored examples are needed, too."""
@@ -180,7 +176,3 @@ class DualScorer(TRAKScorer):
     def _where_seen(self, checkpoint: int, values: Tensor) -> Tensor:
         subset = self.subsets[checkpoint]
         return values if subset is None else values * subset.mask
-
-    def _weighted(self, solved: Tensor, checkpoint: int, shard: int) -> Tensor:
-        weights = self.weights(checkpoint, self.store.read_stored(checkpoint, shard))
-        return solved if weights is None else solved * weights.to(solved)

@@ -141,7 +141,7 @@ class DampedGram:
         # this copy, because both have k x k numbers. The transpose is the same matrix, with LAPACK's strides.
         factor = (gram / scale).mT
         share_of_size = len(gram) / (size or len(gram))
-        self._mean_eigenvalue = share_of_size * float(scale)
+        self._mean_eigenvalue, self._size = share_of_size * float(scale), size or len(gram)
         self.ridge = damping * self._mean_eigenvalue
         factor.diagonal().add_(damping * share_of_size)
         info = torch.empty((), dtype=torch.int32, device=gram.device)
@@ -218,6 +218,12 @@ class DampedGram:
         squares = random + torch.maximum(hidden, lowered.square().sum((1, 2)).amin())
         most = error * (1 + self._diagonal.sum() / self.ridge)
         return float(torch.fmin((squares / kept.square().sum()).sqrt(), most))
+
+    def mean_inverse(self) -> float:
+        """The mean eigenvalue of (K + lambda I)^-1, of ``size`` eigenvalues. Random vectors estimate the trace."""
+        signs = random_signs(PROBES, len(self._factor)).to(self._factor)
+        trace, others = float((signs * self.solve(signs)).sum()) / PROBES, self._size - len(self._factor)
+        return max(0.0, trace + (others / self.ridge if others else 0.0)) / self._size
 
     def squared_step(self, pull: Tensor) -> float:
         """How long a Newton step is: lambda |(K + lambda I)^-1 pull|^2, for a float64 vector ``(k,)``."""

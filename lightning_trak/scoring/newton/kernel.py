@@ -77,6 +77,10 @@ class DampedKernel:
         """As :meth:`~lightning_trak.scoring.newton.gram.DampedGram.score_noise`: K has the eigenvalues of S."""
         return self._factor.score_noise(error)
 
+    def mean_inverse(self) -> float:
+        """As :meth:`~lightning_trak.scoring.newton.gram.DampedGram.mean_inverse`, of k eigenvalues."""
+        return self._factor.mean_inverse()
+
     def squared_step(self, residuals: Tensor, kernel: Tensor) -> float:
         """How long the Newton step of residuals is: lambda |(Phi^T R Phi + lambda I)^-1 Phi^T residuals|^2.
 

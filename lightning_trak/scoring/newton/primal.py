@@ -1,9 +1,10 @@
 """TRAK's scores from a k x k system, which has a row for each feature."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from lightning_trak.features.rows import Features
@@ -31,9 +32,14 @@ class PrimalScorer(TRAKScorer):
         """(K_m + lambda_m I)^-1 phi(x) of each target: shape ``(num_targets, k)``, in at least float32."""
         return self._system(checkpoint)[0].solve(self._working(features))
 
-    def products_with_itself(self, checkpoint: int, rows: Features) -> Tensor:
-        """See :meth:`Scorer.products_with_itself`. It takes half the time of :meth:`precondition`."""
-        return cast(DampedGram, self._system(checkpoint)[0]).own(rows.features)
+    def _own(self, checkpoint: int, shards: Sequence[int], ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
+        """See :meth:`TRAKScorer._own`. It takes half the time of :meth:`precondition`."""
+        system = cast(DampedGram, self._system(checkpoint)[0])
+        for stored in self._rows(shards, [checkpoint], self._device):
+            blocks = (self._working(rows.features).double() for rows in stored.blocks())
+            parts = [(system.own(features), features.square().sum(1)) for features in blocks]
+            products, squares = zip(*parts, strict=True)
+            yield torch.cat(products), torch.cat(squares)
 
     def _undamped(self, checkpoint: int, ranks: Ranks) -> Undamped[DampedGram]:
         gram, squared_weights = (tensor.to(self._device) for tensor in self._gram(checkpoint, ranks))

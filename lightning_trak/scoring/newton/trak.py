@@ -2,7 +2,7 @@
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -20,7 +20,7 @@ from lightning_trak.scoring.newton.kernel import DampedKernel
 from lightning_trak.scoring.newton.lag import Lag, find_lag
 from lightning_trak.scoring.newton.noise import Noise, stored_noise
 from lightning_trak.scoring.newton.per_prediction import SEVERAL, WHOLE, dispersion
-from lightning_trak.scoring.newton.rounding import RoundingEffect, warn_of_rounding
+from lightning_trak.scoring.newton.rounding import OwnRounding, RoundingEffect, warn_of_rounding
 from lightning_trak.scoring.newton.temperature import Tempered
 from lightning_trak.scoring.newton.undamped import System, Undamped
 from lightning_trak.texts.messages import extremes
@@ -240,6 +240,34 @@ class TRAKScorer(Scorer):
                         added = added * subset.mask[span]
                     outputs[span] += self.store.read_stored(checkpoint, shard).outputs.cpu() - added
         return ranks.sum(outputs) / self.store.num_checkpoints
+
+    def own_products(self, checkpoint: int, shards: Sequence[int], ranks: Ranks) -> Iterator[Tensor]:
+        """See :meth:`Scorer.own_products`.
+
+        Raises:
+            ValueError: after the last shard, if rounding to integers makes up more than a half of the products.
+        """
+        system, damping = self._system(checkpoint, ranks)
+        error, weighted = self.store.dtype.error, self.curvature == "gauss_newton"
+        rounding = OwnRounding(error**2 * system.mean_inverse() if error else 0.0)
+        subset, (_, share) = self.subsets[checkpoint], self.sources[0]
+        for shard, (products, squares) in zip(shards, self._own(checkpoint, shards, ranks), strict=True):
+            rows, examples = self.store.read_stored(checkpoint, shard), self.store.shard(shard)
+            curvatures = share * rows.curvatures.to(products) if weighted else torch.full_like(products, share)
+            if subset is not None:
+                curvatures = curvatures * subset.mask[examples.start : examples.stop].to(products)
+            rounding.count(products, squares, curvatures)
+            yield self._weighted(products.to(self._dtype), checkpoint, shard)
+        rounding.check(self._about(checkpoint)[1], damping, ranks)
+
+    @abstractmethod
+    def _own(self, checkpoint: int, shards: Sequence[int], ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
+        """phi_i^T (K_m + lambda_m I)^-1 phi_i and |phi_i|^2 of the examples of each shard: float64, shape ``(n,)``."""
+
+    def _weighted(self, solved: Tensor, checkpoint: int, shard: int) -> Tensor:
+        """Scores times :meth:`weights`."""
+        weights = self.weights(checkpoint, self.store.read_stored(checkpoint, shard))
+        return solved if weights is None else solved * weights.to(solved)
 
     def _kept(
         self,
