@@ -231,7 +231,7 @@ def test_what_rounding_adds_to_a_score_for_itself_is_foreseen(tmp_path, wide, na
     exact, rounded = (own_scores(stored_as(tmp_path, rows, dtype), kind, curvature, subset, 0.1) for dtype in DTYPES)
     assert foreseen[0] == 0
     assert foreseen[1] > 0.03
-    assert float(1 - exact.sum() / rounded.sum()) == pytest.approx(float(foreseen[1]), rel=0.3)
+    assert float(1 - exact.sum() / rounded.sum()) == pytest.approx(float(foreseen[1]), rel=0.4)
 
 
 def own_scores(store, kind, curvature="gauss_newton", subset=None, damping=0.3):
