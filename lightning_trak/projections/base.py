@@ -142,7 +142,7 @@ class BoundProjection(ABC):
         Args:
             features: features so far, float32 or float64 of shape (batch, dim).
             name: name of the parameter.
-            gradients: the parameter's gradient for each example, of shape (batch, n) or (batch, *shape).
+            gradients: the parameter's gradient for each example, of shape ``(batch, n)`` or ``(batch, *shape)``.
             rows: the range of the parameter's first dimension that ``gradients`` holds; None: all of it.
 
         Raises:
