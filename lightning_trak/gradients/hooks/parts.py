@@ -1,4 +1,4 @@
-"""In how many examples at a time a batch is worked on."""
+"""How many examples of a batch are worked on at a time."""
 
 
 def examples_at_once(available: int, needed: int) -> int:

@@ -86,7 +86,8 @@ class DualScorer(TRAKScorer):
         """See :meth:`Scorer.block`. The solutions are scores already, and no features are read."""
         examples, total = self.store.shard(shard), directions[0].new_zeros(())
         for checkpoint, direction in enumerate(directions):
-            total = total + self._weighted(direction[:, examples.start : examples.stop], checkpoint, shard)
+            stored = self.store.read_stored(checkpoint, shard)
+            total = total + self._weighted(direction[:, examples.start : examples.stop], checkpoint, stored)
         return self.finish(total, self._loss_gradients_of(shard))
 
     def _own(self, checkpoint: int, shards: Sequence[int], ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:

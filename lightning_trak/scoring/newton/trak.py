@@ -257,16 +257,16 @@ class TRAKScorer(Scorer):
             if subset is not None:
                 curvatures = curvatures * subset.mask[examples.start : examples.stop].to(products)
             rounding.count(products, squares, curvatures)
-            yield self._weighted(products.to(self._dtype), checkpoint, shard)
+            yield self._weighted(products.to(self._dtype), checkpoint, rows)
         rounding.check(self._about(checkpoint)[1], damping, ranks)
 
     @abstractmethod
     def _own(self, checkpoint: int, shards: Sequence[int], ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
         """phi_i^T (K_m + lambda_m I)^-1 phi_i and |phi_i|^2 of the examples of each shard: float64, shape ``(n,)``."""
 
-    def _weighted(self, solved: Tensor, checkpoint: int, shard: int) -> Tensor:
-        """Scores times :meth:`weights`."""
-        weights = self.weights(checkpoint, self.store.read_stored(checkpoint, shard))
+    def _weighted(self, solved: Tensor, checkpoint: int, rows: StoredFeatures) -> Tensor:
+        """Scores of the examples with these rows, times their :meth:`weights`."""
+        weights = self.weights(checkpoint, rows)
         return solved if weights is None else solved * weights.to(solved)
 
     def _kept(
